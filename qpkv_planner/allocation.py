@@ -1,0 +1,239 @@
+"""Allocations: how many tokens each layer keeps, in which format, and making them weigh exactly the budget.
+
+An allocation is one `Choice` per layer. `Space` knows what every choice weighs (it asks the ledger) and projects any
+wish onto the budget: the result fits, and no layer could take one more storage quantum. Presets (uniform, pyramidkv)
+are ways to make a wish. Integers only; nothing here has seen data.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Sequence
+from dataclasses import dataclass, field, replace
+from functools import cached_property, lru_cache
+
+from qpkv_runtime.budget import limit_bytes
+from qpkv_runtime.errors import BudgetError, InputError
+from qpkv_runtime.ledger import Holdings, align, full_bytes, layer_bytes, quantum_tokens
+from qpkv_runtime.models.shape import ModelShape
+from qpkv_runtime.plan import Budget, Calibration, Decode, Format, Layer, Model, Plan, Scorer, TensorFormat, Tier
+
+
+@dataclass(frozen=True)
+class Choice:
+    """What one layer keeps: `tokens` per head in the format of this name (`format_named`)."""
+
+    tokens: int
+    format: str
+
+
+Allocation = tuple[Choice, ...]
+
+
+def format_name(quantizer: str, key_bits: int, value_bits: int) -> str:
+    """rotated, 4, 2 -> "rotated-k4v2"; 16 bits on both sides -> "16bit"."""
+    return "16bit" if key_bits == value_bits == 16 else f"{quantizer}-k{key_bits}v{value_bits}"
+
+
+@lru_cache(maxsize=1024)
+def format_named(name: str) -> Format:
+    """The format of a name that `format_name` makes. Raises InputError for another."""
+    if name == "16bit":
+        return Format(keys=TensorFormat(quantizer="16bit", bits=16), values=TensorFormat(quantizer="16bit", bits=16))
+    match = re.fullmatch(r"([a-z]+)-k(\d+)v(\d+)", name)
+    if match is None:
+        raise InputError(f"a format is 16bit or like rotated-k4v2, got {name!r}")
+    keys, values = (
+        {"quantizer": match[1] if int(bits) < 16 else "16bit", "bits": int(bits)} for bits in (match[2], match[3])
+    )
+    return Format(keys=TensorFormat.model_validate(keys), values=TensorFormat.model_validate(values))
+
+
+@dataclass(frozen=True)
+class Space:
+    """Everything about a plan but its allocation.
+
+    requested: the budget as asked; context_tokens: what a ratio refers to; decode: the reserve, part of the budget.
+    """
+
+    model: Model
+    requested: str
+    context_tokens: int
+    scorer: Scorer
+    sinks: int
+    window: int
+    decode: Decode
+    _bytes: dict[tuple[int, Choice], int] = field(default_factory=dict, init=False, compare=False, repr=False)
+
+    @cached_property
+    def shape(self) -> ModelShape:
+        return self.model.shape
+
+    @cached_property
+    def full_bytes(self) -> int:
+        return full_bytes(self.shape, self.context_tokens)
+
+    @cached_property
+    def limit_bytes(self) -> int:
+        return limit_bytes(self.requested, self.full_bytes)
+
+    def layer_bytes(self, layer: int, choice: Choice) -> int:
+        """What a layer weighs under a choice, its reserve included."""
+        key = (layer, choice)
+        if key not in self._bytes:
+            held: Holdings = ((format_named(choice.format), choice.tokens),)
+            reserve = (format_named(self.decode.format), self.decode.reserve_tokens)
+            is_sliding = self.shape.sliding_windows[layer] is not None
+            shape = self.shape
+            self._bytes[key] = layer_bytes((*held, reserve), shape.num_kv_heads, shape.head_size, is_sliding)
+        return self._bytes[key]
+
+    def bytes(self, allocation: Sequence[Choice]) -> int:
+        return sum(self.layer_bytes(layer, choice) for layer, choice in enumerate(allocation))
+
+    def most_tokens(self, layer: int) -> int:
+        """A layer never keeps more than the context, or than its sliding window."""
+        return min(self.context_tokens, self.shape.sliding_windows[layer] or self.context_tokens)
+
+    def least_tokens(self, layer: int, format: str) -> int:
+        """Sinks and window, rounded up to the storage quantum: the rest of it is free."""
+        forced = align(self.sinks + self.window, quantum_tokens(format_named(format)))
+        return max(self.sinks + self.window, min(forced, self.most_tokens(layer)))
+
+    def legal_tokens(self, layer: int, tokens: float, format: str) -> int:
+        """The largest legal count not above `tokens` (or the least there is)."""
+        quantum = quantum_tokens(format_named(format))
+        if tokens >= self.most_tokens(layer):
+            return max(self.most_tokens(layer), self.least_tokens(layer, format))
+        return max(int(tokens) // quantum * quantum, self.least_tokens(layer, format))
+
+    def one_more(self, layer: int, choice: Choice) -> Choice | None:
+        """The choice with one more storage quantum, or None where the layer holds all it can."""
+        more = min(choice.tokens + quantum_tokens(format_named(choice.format)), self.most_tokens(layer))
+        return replace(choice, tokens=more) if more > choice.tokens else None
+
+    def least_bytes(self, formats: Sequence[str]) -> int:
+        """The smallest plan in any of these formats."""
+        return min(
+            self.bytes([Choice(self.least_tokens(layer, f), f) for layer in range(self.shape.num_layers)])
+            for f in formats
+        )
+
+    def check_holds(self, formats: Sequence[str]) -> None:
+        """Raise BudgetError, naming the smallest possible, unless some plan in these formats fits."""
+        least = self.least_bytes(formats)
+        if least > self.limit_bytes:
+            raise BudgetError(
+                f"a budget must hold sinks + window ({self.sinks} + {self.window} tokens per layer) and the reserve "
+                f"({self.decode.reserve_tokens} tokens): at least {least}B (1/{self.full_bytes // least} of "
+                f"{self.context_tokens} tokens), got {self.requested} = {self.limit_bytes}B"
+            )
+
+    def fill(self, allocation: Sequence[Choice]) -> Allocation:
+        """Spend what is left: a quantum at a time, layers in turn, most tokens first, until none can take one more."""
+        choices, spent = list(allocation), self.bytes(allocation)
+        order = sorted(range(len(choices)), key=lambda layer: (-choices[layer].tokens, layer))
+        open_layers = list(order)
+        while open_layers:
+            still_open = []
+            for layer in open_layers:
+                more = self.one_more(layer, choices[layer])
+                if more is None:
+                    continue
+                cost = self.layer_bytes(layer, more) - self.layer_bytes(layer, choices[layer])
+                if spent + cost <= self.limit_bytes:
+                    choices[layer], spent = more, spent + cost
+                    still_open.append(layer)
+            open_layers = still_open
+        return tuple(choices)
+
+    def project(self, weights: Sequence[float], formats: Sequence[str], floor: float = 0) -> Allocation | None:
+        """The allocation with floor + c * weights[l] tokens in each layer, c the largest that fits, then filled.
+
+        None where even the least of these formats does not fit.
+        """
+
+        def at(scale: float) -> list[Choice]:
+            wish = zip(weights, formats, strict=True)
+            return [Choice(self.legal_tokens(i, floor + scale * weight, f), f) for i, (weight, f) in enumerate(wish)]
+
+        if self.bytes(at(0.0)) > self.limit_bytes:
+            if floor:
+                return self.project(weights, formats)
+            return None
+        low, high = 0.0, self.context_tokens / max(min((w for w in weights if w > 0), default=1.0), 1e-9)
+        for _ in range(60):
+            middle = (low + high) / 2
+            low, high = (middle, high) if self.bytes(at(middle)) <= self.limit_bytes else (low, middle)
+        return self.fill(at(low))
+
+    def plan(self, allocation: Sequence[Choice], calibration: Calibration | None = None) -> Plan:
+        """The plan of an allocation."""
+        names = dict.fromkeys([*(choice.format for choice in allocation), self.decode.format])
+        return Plan(
+            version=1,
+            model=self.model,
+            budget=Budget(
+                requested=self.requested,
+                context_tokens=self.context_tokens,
+                full_bytes=self.full_bytes,
+                limit_bytes=self.limit_bytes,
+                planned_bytes=self.bytes(allocation),
+            ),
+            calibrated=calibration is not None,
+            scorer=self.scorer,
+            sinks=self.sinks,
+            window=self.window,
+            formats={name: format_named(name) for name in names},
+            layers=tuple(Layer(tiers=(Tier(tokens=c.tokens, format=c.format),)) for c in allocation),
+            decode=self.decode,
+            calibration=calibration,
+        )
+
+    def probe(self, allocation: Sequence[Choice]) -> Plan:
+        """The plan of an allocation that need not fit, for measuring: its budget is what it weighs."""
+        return replace(self, requested=f"{self.bytes(allocation)}B").plan(allocation)
+
+
+def default_reserve(shape: ModelShape, limit: int, format: str, wanted_tokens: int = 64) -> int:
+    """Tokens of reserve: `wanted_tokens`, or what a quarter of the budget holds where that is less; at least one
+    storage quantum."""
+    quantum, written = quantum_tokens(format_named(format)), format_named(format)
+
+    def weighs(tokens: int) -> int:
+        def block(layer: int, count: int) -> int:
+            is_sliding = shape.sliding_windows[layer] is not None
+            return layer_bytes(((written, count),), shape.num_kv_heads, shape.head_size, is_sliding)
+
+        return sum(block(layer, tokens) - block(layer, 0) for layer in range(shape.num_layers))
+
+    tokens = align(wanted_tokens, quantum)
+    while tokens > quantum and weighs(tokens) > limit / 4:
+        tokens -= quantum
+    return tokens
+
+
+# --- presets: ways to fill in the layers ---------------------------------------------------------------------------
+
+
+def uniform(space: Space, format: str) -> Allocation | None:
+    """Every layer the same count and format (to a quantum: what is left over goes to the first layers)."""
+    num_layers = space.shape.num_layers
+    return space.project([1.0] * num_layers, [format] * num_layers)
+
+
+def pyramidkv(space: Space, format: str, beta: int = 20) -> Allocation | None:
+    """Budgets that fall linearly with depth (arXiv 2406.02069): mean b tokens, last layer b // beta, first layer twice
+    the mean less that. Differs from the paper: lands on the exact budget, which its floor division overshoots."""
+    even = uniform(space, format)
+    if even is None:
+        return None
+    num_layers = space.shape.num_layers
+    mean = sum(choice.tokens for choice in even) / num_layers - space.window
+    last = mean // beta
+    first, steps = 2 * mean - last, max(1, num_layers - 1)
+    weights = [first + (last - first) * layer / steps for layer in range(num_layers)]
+    return space.project(weights, [format] * num_layers, floor=space.window)
+
+
+PRESETS = {"uniform": uniform, "pyramidkv": pyramidkv}

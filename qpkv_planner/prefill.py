@@ -1,0 +1,277 @@
+"""Prefill of the calibration contexts, once: everything that evaluations need, for any plan.
+
+A context runs through the model once, densely; then all its samples, as one batch over its cache, give their prompts'
+keys, values and window queries and the full cache's log-probabilities of the continuation. Tokens' importances are
+computed here, by the runtime's code, for every `Scoring` that a search may ask for; queries are then dropped.
+
+A sample's last prompt token is the first that is fed over the compressed cache, so that every measured token,
+the first of an answer too, is predicted from compressed keys and values.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import Any, cast
+
+import torch
+from torch import Tensor
+from transformers import PreTrainedModel
+from transformers.cache_utils import Cache, CacheLayerMixin
+
+from qpkv_kernels.attention import causal_attention
+from qpkv_planner.calibration import Context, Sample, Split
+from qpkv_runtime.attention import Handle
+from qpkv_runtime.compression import Ranking, Scoring, observe, rank, to_storage
+from qpkv_runtime.errors import NumericsError
+from qpkv_runtime.models.shape import ModelShape
+from qpkv_runtime.scorers import Prefill
+
+ANSWERABLE_NATS = 1.0  # a question on which the full cache does worse than this says nothing about compression
+
+
+@dataclass(frozen=True)
+class Ranked:
+    """One layer under one scoring: the importance order and the query moments [N, H_kv, D] of all samples."""
+
+    ranking: Ranking
+    query_moment: Tensor
+
+
+@dataclass(frozen=True)
+class PreparedLayer:
+    """One layer of a split. keys, values: the 16-bit tokens of all contexts and prompts in a row, [M, H_kv, D]."""
+
+    keys: Tensor
+    values: Tensor
+    ranked: dict[Scoring, Ranked]
+
+
+@dataclass(frozen=True)
+class Prepared:
+    """A split after prefill: N samples, sorted by part.
+
+    token_rows: int64 [N, T], where each sample's (left-padded) prompt tokens are in a layer's keys and values;
+    prompt_tokens: their number; input_ids [N, C]: the last prompt token and the continuation but its last;
+    targets [N, C]: the continuation, padded with zeros; lengths: tokens of each continuation;
+    full_logprobs: float32 [sum of lengths, V], under the full cache; kinds, contexts: each sample's kind and context.
+    part_starts: the samples of part p are part_starts[p] to part_starts[p + 1]; a part holds whole contexts.
+    """
+
+    name: str
+    hash: str
+    num_contexts: int
+    num_unanswerable: dict[str, int]
+    layers: tuple[PreparedLayer, ...]
+    token_rows: Tensor
+    prompt_tokens: list[int]
+    input_ids: Tensor
+    targets: Tensor
+    lengths: list[int]
+    full_logprobs: Tensor
+    kinds: list[str]
+    contexts: list[int]
+    part_starts: tuple[int, ...]
+
+    def __len__(self) -> int:
+        return len(self.prompt_tokens)
+
+
+class _RecordingStep(Handle):
+    def __init__(self, layer: _RecordingLayer, key: Tensor, value: Tensor) -> None:
+        self.layer, self.key, self.value = layer, key, value
+
+    def attend(self, query: Tensor, num_padding: list[int] | None, scaling: float, softcap: float | None) -> Tensor:
+        return self.layer.attend(query, self.key, self.value, scaling, softcap)
+
+
+class _RecordingLayer(CacheLayerMixin):
+    """A dense cache layer that remembers the last forward's queries, keys and values, and how it attended.
+
+    `commit` makes them the past; until then the next forward starts from the same past.
+    """
+
+    supports_early_init = False
+
+    def __init__(self, sliding_window: int | None) -> None:
+        super().__init__()
+        self.sliding_window, self.is_sliding = sliding_window, sliding_window is not None
+        self.past: tuple[Tensor, Tensor, Tensor] | None = None
+        self.last: tuple[Tensor, Tensor, Tensor] | None = None
+        self.scaling, self.softcap = 1.0, cast("float | None", None)
+
+    def lazy_initialization(self, key_states: Tensor, value_states: Tensor) -> None:
+        self.is_initialized = True
+
+    def update(self, key_states: Tensor, value_states: Tensor, *args: Any, **kwargs: Any) -> tuple[Any, Any]:
+        step = _RecordingStep(self, key_states, value_states)
+        return step, step
+
+    def attend(self, query: Tensor, key: Tensor, value: Tensor, scaling: float, softcap: float | None) -> Tensor:
+        self.last, self.scaling, self.softcap = (query, key, value), scaling, softcap
+        if self.past is not None:
+            key, value = (
+                torch.cat([past.expand(new.shape[0], -1, -1, -1), new], 2)
+                for past, new in ((self.past[1], key), (self.past[2], value))
+            )
+        return causal_attention(query, key, value, None, scaling, self.sliding_window, softcap)
+
+    def commit(self) -> None:
+        self.past, self.last = self.last, None
+
+    def get_seq_length(self) -> int:
+        return 0 if self.past is None else self.past[1].shape[2]
+
+    def get_mask_sizes(self, query_length: int) -> tuple[int, int]:
+        return self.get_seq_length() + query_length, 0
+
+    def get_max_length(self) -> int:
+        return -1
+
+
+class _ContextRun:
+    """The prefill of one context and of its samples, as flat tensors per layer."""
+
+    @torch.no_grad()
+    def __init__(self, model: PreTrainedModel, shape: ModelShape, context: Context) -> None:
+        layers = [_RecordingLayer(window) for window in shape.sliding_windows]
+        cache = Cache(layers=list(layers))
+        self.layers, self.context = layers, context
+        device = model.device
+        model(torch.tensor([context.tokens], device=device), past_key_values=cache, logits_to_keep=1)
+        for layer in layers:
+            layer.commit()
+        rows = [sample.prompt + sample.continuation[:-1] for sample in context.samples]
+        longest = max(map(len, rows))
+        ids = torch.tensor([row + (0,) * (longest - len(row)) for row in rows], device=device)
+        logits = model(ids, past_key_values=cache).logits
+        self.logprobs = []
+        for row, sample in enumerate(context.samples):
+            first = len(sample.prompt) - 1
+            self.logprobs.append(logits[row, first : first + len(sample.continuation)].float().log_softmax(-1))
+
+    def prefill(self, layer: int, row: int, window: int) -> Prefill:
+        """What the runtime would see of this sample's prompt in one prefill."""
+        recorded = self.layers[layer]
+        assert recorded.past is not None and recorded.last is not None
+        num_tokens = self.num_prompt_tokens(row)
+        query, key = (
+            torch.cat([past, new[row : row + 1, :, : num_tokens - past.shape[2]]], 2)
+            for past, new in zip(recorded.past[:2], recorded.last[:2], strict=True)
+        )
+        return Prefill(layer, query, key, [0], recorded.scaling, recorded.softcap, recorded.sliding_window, window)
+
+    def num_prompt_tokens(self, row: int) -> int:
+        """The prompt without its last token."""
+        return len(self.context.tokens) + len(self.context.samples[row].prompt) - 1
+
+
+def largest_number(model: PreTrainedModel, shape: ModelShape, context: Context) -> float:
+    """The largest magnitude among a context's keys and values."""
+    pasts = [layer.past for layer in _ContextRun(model, shape, context).layers]
+    return max(float(x.abs().max()) for past in pasts if past is not None for x in past[1:])
+
+
+def prepare(
+    model: PreTrainedModel,
+    shape: ModelShape,
+    storage_dtype: str,
+    split: Split,
+    scorings: Sequence[Scoring],
+    num_parts: int,
+    progress: Callable[[], None],
+) -> Prepared:
+    """Prefill a split. Calls `progress` after each context.
+
+    Questions that the full cache cannot answer are left out. Raises NumericsError when the model gives NaN.
+    """
+    order = sorted(range(len(split.contexts)), key=lambda i: (i % num_parts, i))
+    keys: list[list[Tensor]] = [[] for _ in range(shape.num_layers)]
+    values: list[list[Tensor]] = [[] for _ in range(shape.num_layers)]
+    observed: list[dict[Scoring, list[tuple[Tensor, Tensor]]]] = [
+        {scoring: [] for scoring in scorings} for _ in range(shape.num_layers)
+    ]
+    samples: list[tuple[int, Sample]] = []
+    token_rows: list[Tensor] = []
+    logprobs: list[Tensor] = []
+    part_starts, unanswerable, num_stored = [0], dict[str, int](), 0
+    for position, index in enumerate(order):
+        if position and index % num_parts != order[position - 1] % num_parts:
+            part_starts.append(len(samples))
+        context = split.contexts[index]
+        run = _ContextRun(model, shape, context)
+        kept = []
+        for row, sample in enumerate(context.samples):
+            loss = -run.logprobs[row].gather(1, torch.tensor(sample.continuation, device=model.device)[:, None]).mean()
+            if not bool(loss.isfinite()):
+                raise NumericsError(f"the model's output must be finite, but its loss on a {sample.kind} sample is NaN")
+            if sample.kind != "text" and float(loss) > ANSWERABLE_NATS:
+                unanswerable[sample.kind] = unanswerable.get(sample.kind, 0) + 1
+            else:
+                kept.append(row)
+        base, num_context = num_stored, len(context.tokens)
+        num_stored += num_context
+        for row in kept:
+            own = run.num_prompt_tokens(row) - num_context
+            rows = torch.cat([torch.arange(base, base + num_context), torch.arange(num_stored, num_stored + own)])
+            token_rows.append(rows)
+            num_stored += own
+            samples.append((index, context.samples[row]))
+            logprobs.append(run.logprobs[row])
+        for layer, recorded in enumerate(run.layers):
+            assert recorded.past is not None and recorded.last is not None
+            for bank, name, past, new in (
+                (keys[layer], "key", recorded.past[1], recorded.last[1]),
+                (values[layer], "value", recorded.past[2], recorded.last[2]),
+            ):
+                pieces = [past[0], *(new[row, :, : run.num_prompt_tokens(row) - num_context] for row in kept)]
+                stored = to_storage(storage_dtype, layer, name, torch.cat(pieces, 1))
+                bank.append(stored.transpose(0, 1).contiguous())
+            for row in kept:
+                for scoring in scorings:
+                    observation = observe(scoring, run.prefill(layer, row, scoring.window))
+                    observed[layer][scoring].append((observation.importance[0], observation.query_moment[0]))
+        progress()
+    part_starts += [len(samples)] * (num_parts + 1 - len(part_starts))
+    lengths = [len(sample.continuation) for _, sample in samples]
+    inputs = [(sample.prompt[-1], *sample.continuation[:-1]) for _, sample in samples]
+    longest, device = max(lengths), model.device
+    return Prepared(
+        name=split.name,
+        hash=split.hash,
+        num_contexts=len(split.contexts),
+        num_unanswerable=unanswerable,
+        layers=tuple(
+            PreparedLayer(
+                torch.cat(keys[layer]),
+                torch.cat(values[layer]),
+                {scoring: _rank_all(observed[layer][scoring]) for scoring in scorings},
+            )
+            for layer in range(shape.num_layers)
+        ),
+        token_rows=_left_pad(token_rows, 0).to(device),
+        prompt_tokens=[len(rows) for rows in token_rows],
+        input_ids=torch.tensor([row + (0,) * (longest - len(row)) for row in inputs], device=device),
+        targets=torch.tensor(
+            [s.continuation + (0,) * (longest - len(s.continuation)) for _, s in samples], device=device
+        ),
+        lengths=lengths,
+        full_logprobs=torch.cat(logprobs),
+        kinds=[sample.kind for _, sample in samples],
+        contexts=[context for context, _ in samples],
+        part_starts=tuple(part_starts),
+    )
+
+
+def _rank_all(observed: list[tuple[Tensor, Tensor]]) -> Ranked:
+    """Importances [H_kv, T] of every sample, left-padded to one length and ranked."""
+    ranking = rank(_left_pad([importance for importance, _ in observed], float("-inf")))
+    return Ranked(
+        Ranking(ranking.order.to(torch.int32), ranking.num_allowed), torch.stack([moment for _, moment in observed])
+    )
+
+
+def _left_pad(rows: list[Tensor], fill: float) -> Tensor:
+    """Tensors [..., T_i] -> [N, ..., max T]."""
+    longest = max(row.shape[-1] for row in rows)
+    return torch.stack([torch.nn.functional.pad(row, (longest - row.shape[-1], 0), value=fill) for row in rows])

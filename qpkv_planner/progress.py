@@ -1,0 +1,40 @@
+"""Progress of long work on stderr: a line per stage, and on a terminal a bar with the time left."""
+
+from __future__ import annotations
+
+import sys
+import time
+
+from tqdm import tqdm
+
+
+class Progress:
+    """Counts steps over all stages. `total_steps` is the estimate that the time left is computed from."""
+
+    def __init__(self, total_steps: int, quiet: bool = False) -> None:
+        self.quiet, self.total_steps, self.started = quiet, total_steps, time.monotonic()
+        self._bar = tqdm(
+            total=total_steps,
+            file=sys.stderr,
+            disable=quiet or not sys.stderr.isatty(),
+            leave=False,
+            bar_format="{desc:<13}{percentage:3.0f}%|{bar:30}| {elapsed} so far, about {remaining} left",
+        )
+
+    def stage(self, name: str) -> None:
+        """The name of what is being done, beside the bar."""
+        self._bar.set_description_str(name)
+
+    def step(self, count: int = 1) -> None:
+        # an estimate that turns out low must not show more than all
+        self._bar.update(min(count, max(0, self.total_steps - 1 - self._bar.n)) if not self._bar.disable else 0)
+
+    def say(self, line: str) -> None:
+        """A line of results, with the time it came at."""
+        if not self.quiet:
+            self._bar.clear()
+            print(f"[{time.monotonic() - self.started:5.0f} s] {line}", file=sys.stderr, flush=True)
+            self._bar.refresh()
+
+    def close(self) -> None:
+        self._bar.close()

@@ -1,0 +1,235 @@
+"""The packed cache as a Hugging Face `Cache`.
+
+    cache = PlannedCache.from_plan(plan, model)
+    model.generate(**inputs, past_key_values=cache)
+
+The first forward is the prefill: each layer attends densely to the prompt, is compressed inside its own attention
+call, and its dense keys and values die with that call, so at most one layer's are alive. Everything later is appended
+to the reserve in the arena. `get_seq_length` is the logical length (RoPE positions), not what is stored. A cache
+serves one batch; `reset()` readies it for the next, a deepcopy reuses a prefilled prompt.
+
+Not here: chunked prefill (a chunk after the first is appended, like generated tokens), rolling back (`crop`).
+"""
+
+from __future__ import annotations
+
+import warnings
+from typing import Any, NoReturn, cast
+
+import torch
+from torch import Tensor
+from transformers import PreTrainedModel
+from transformers.cache_utils import Cache, CacheLayerMixin
+
+from qpkv_kernels.attention import causal_attention
+from qpkv_runtime.arena import Arena
+from qpkv_runtime.attention import HOW_TO_LOAD, NAME, Handle
+from qpkv_runtime.compression import Scoring, gather, observe, rank, select, to_storage, write_block
+from qpkv_runtime.errors import CacheError, PlanError
+from qpkv_runtime.ledger import LayerLedger, Ledger, make_ledger
+from qpkv_runtime.models.shape import ModelShape
+from qpkv_runtime.packed import PackedLayer
+from qpkv_runtime.plan import Plan
+from qpkv_runtime.scorers import Prefill
+
+
+class _Step(Handle):
+    """The new tokens of one forward in one layer, on their way to the attention function."""
+
+    def __init__(self, layer: PlannedLayer, key: Tensor, value: Tensor) -> None:
+        self.layer, self.key, self.value = layer, key, value
+
+    def attend(self, query: Tensor, num_padding: list[int] | None, scaling: float, softcap: float | None) -> Tensor:
+        attend = self.layer.decode if self.layer.is_compressed else self.layer.prefill
+        return attend(query, self.key, self.value, num_padding, scaling, softcap)
+
+
+class _Rows:
+    """What a cache's layers share: the arena, made when the batch size is known, and where it lies."""
+
+    def __init__(self, ledger: Ledger, layer_devices: list[torch.device]) -> None:
+        self.ledger, self.layer_devices = ledger, layer_devices
+        self.arena: Arena | None = None
+
+    def block(self, layer: int, num_rows: int) -> Tensor:
+        if self.arena is None or self.arena.num_rows != num_rows:
+            self.arena = Arena(self.ledger, num_rows, self.layer_devices)
+        return self.arena.block(layer)
+
+
+class PlannedLayer(CacheLayerMixin):
+    """One layer of a PlannedCache. prompt_tokens: each row's prompt length without padding, once compressed."""
+
+    supports_early_init = False
+
+    def __init__(self, plan: Plan, layout: LayerLedger, rows: _Rows) -> None:
+        super().__init__()
+        self.plan, self.layout, self.rows = plan, layout, rows
+        self.sliding_window = plan.model.shape.sliding_windows[layout.layer]
+        self.is_sliding = self.sliding_window is not None
+        self.reset()
+
+    def reset(self) -> None:
+        self.num_seen, self.num_appended = 0, 0
+        self.prompt_tokens: list[int] = []
+
+    @property
+    def is_compressed(self) -> bool:
+        return bool(self.prompt_tokens)
+
+    def lazy_initialization(self, key_states: Tensor, value_states: Tensor) -> None:
+        self.is_initialized = True
+
+    def update(self, key_states: Tensor, value_states: Tensor, *args: Any, **kwargs: Any) -> tuple[Any, Any]:
+        self.is_initialized = True
+        num_new, decode = key_states.shape[2], self.plan.decode
+        if self.is_compressed and decode.then == "stop" and self.num_appended + num_new > decode.reserve_tokens:
+            raise CacheError(
+                f"the plan's reserve holds {decode.reserve_tokens} generated tokens and says `then: stop`: generate fewer, "
+                "or plan with more --max-new-tokens or --then evict"
+            )
+        self.num_seen += num_new
+        step = _Step(self, key_states, value_states)
+        return step, step
+
+    def packed(self) -> PackedLayer:
+        """The layer's part of the arena."""
+        return PackedLayer(self.plan, self.layout, self.rows.block(self.layout.layer, len(self.prompt_tokens)))
+
+    def prefill(
+        self, query: Tensor, key: Tensor, value: Tensor,
+        num_padding: list[int] | None, scaling: float, softcap: float | None,
+    ) -> Tensor:  # fmt: skip
+        """Dense attention to the prompt, then its compression. Shapes as `Handle.attend`; key, value [B, H_kv, T, D]."""
+        layer, num_rows, num_tokens = self.layout.layer, key.shape[0], key.shape[2]
+        num_padding = num_padding or [0] * num_rows
+        out = causal_attention(query, key, value, num_padding, scaling, self.sliding_window, softcap)
+        observation = observe(
+            Scoring.of(self.plan.scorer, self.plan.sinks, self.plan.window),
+            Prefill(layer, query, key, num_padding, scaling, softcap, self.sliding_window, self.plan.window),
+        )
+        keys, values = (
+            to_storage(self.plan.model.storage_dtype, layer, name, x) for name, x in (("key", key), ("value", value))
+        )
+        selections = select(rank(observation.importance), [tier.tokens for tier in self.plan.layers[layer].tiers])
+        tiers = [gather(selection, keys, values, num_padding) for selection in selections]
+        write_block(self.rows.block(layer, num_rows), self.layout, tiers, observation.query_moment)
+        self.prompt_tokens = [num_tokens - padding for padding in num_padding]
+        if layer == 0 and max(self.prompt_tokens) > self.plan.budget.context_tokens:
+            warnings.warn(
+                f"the prompt has {max(self.prompt_tokens)} tokens, more than the {self.plan.budget.context_tokens} the plan "
+                "was made for: it keeps the same bytes, a smaller share",
+                stacklevel=2,
+            )
+        return out
+
+    def decode(
+        self, query: Tensor, key: Tensor, value: Tensor,
+        num_padding: list[int] | None, scaling: float, softcap: float | None,
+    ) -> Tensor:  # fmt: skip
+        """Attention over the packed cache; appends the new tokens."""
+        out = self.packed().attend(query, key, value, self.num_appended, self.prompt_tokens, scaling, softcap)
+        self.num_appended += key.shape[2]
+        return out
+
+    def load(self, block: Tensor, prompt_tokens: list[int]) -> None:
+        """Take over a block that `write_block` wrote (uint8 [B, stored_bytes]), as if it had been prefilled here."""
+        self.rows.block(self.layout.layer, len(prompt_tokens)).copy_(block)
+        self.num_seen, self.num_appended, self.prompt_tokens = max(prompt_tokens), 0, list(prompt_tokens)
+        self.is_initialized = True
+
+    def get_seq_length(self) -> int:
+        return self.num_seen
+
+    def get_mask_sizes(self, query_length: int) -> tuple[int, int]:
+        return self.num_seen + query_length, 0
+
+    def get_max_length(self) -> int:
+        return -1
+
+    def crop(self, tokens_to_remove: int) -> NoReturn:
+        raise CacheError("a packed cache cannot be rolled back (crop), so assisted generation is not available")
+
+    def offload(self) -> NoReturn:
+        raise CacheError("a packed cache stays on its device: offloading is not available")
+
+
+class PlannedCache(Cache):
+    """A batch of sequences under a plan. Build it with `from_plan`."""
+
+    def __init__(self, plan: Plan, layer_devices: list[torch.device]) -> None:
+        self.plan, self.ledger = plan, make_ledger(plan)
+        self.rows = _Rows(self.ledger, layer_devices)
+        super().__init__(layers=[PlannedLayer(plan, layout, self.rows) for layout in self.ledger.layers])
+
+    @classmethod
+    def from_plan(cls, plan: Plan, model: PreTrainedModel) -> PlannedCache:
+        """A cache for `model` under `plan`.
+
+        Raises PlanError when the plan is for another shape, CacheError when the model does not run qpkv attention.
+        """
+        from qpkv_runtime.models import model_shape
+
+        check_shape(plan, model_shape(model))
+        if model.config._attn_implementation != NAME:
+            raise CacheError(f"the model runs {model.config._attn_implementation} attention; {HOW_TO_LOAD}")
+        return cls(plan, layer_devices(model))
+
+    @property
+    def arena(self) -> Arena | None:
+        """The arena; None before the first forward."""
+        return self.rows.arena
+
+    @property
+    def allocated_bytes(self) -> int:
+        """What the arena takes, all sequences together; 0 before the first forward."""
+        return self.rows.arena.allocated_bytes if self.rows.arena is not None else 0
+
+    def tokens_held(self) -> list[list[int]]:
+        """Per layer, how many tokens its first row's first head holds: in each tier, then in the reserve."""
+        layers = [cast(PlannedLayer, layer) for layer in self.layers]
+        return [layer.packed().table()[0, 0, :, 1].tolist() if layer.is_compressed else [] for layer in layers]
+
+    def reset(self) -> None:
+        """Ready for another prompt; the arena stays allocated while the batch size stays."""
+        for layer in self.layers:
+            layer.reset()
+
+    def reorder_cache(self, beam_idx: Tensor) -> None:
+        self.batch_select_indices(beam_idx)
+
+    def batch_repeat_interleave(self, repeats: int) -> None:
+        if self.rows.arena is not None:
+            self.batch_select_indices(torch.arange(self.rows.arena.num_rows).repeat_interleave(repeats))
+
+    def batch_select_indices(self, indices: Tensor) -> None:
+        if self.rows.arena is None:
+            return
+        self.rows.arena.select_rows(indices)
+        for layer in self.layers:
+            layer = cast(PlannedLayer, layer)
+            layer.prompt_tokens = [layer.prompt_tokens[row] for row in indices.tolist()]
+
+    def crop(self, tokens_to_remove: int) -> NoReturn:
+        raise CacheError("a packed cache cannot be rolled back (crop), so assisted generation is not available")
+
+
+def layer_devices(model: PreTrainedModel) -> list[torch.device]:
+    """The device of each decoder layer."""
+    return [next(layer.parameters()).device for layer in cast(Any, model.get_decoder()).layers]
+
+
+def check_shape(plan: Plan, shape: ModelShape) -> None:
+    """Raise PlanError, naming the first difference, unless the plan is for a model of this shape."""
+    for name in ("num_layers", "num_query_heads", "num_kv_heads", "head_size", "sliding_windows"):
+        planned, actual = getattr(plan.model.shape, name), getattr(shape, name)
+        if planned != actual:
+            raise PlanError(
+                f"the plan is for a model with {name} = {_short(planned)}, this one has {_short(actual)}: "
+                "make a plan for it with qpkv-plan"
+            )
+
+
+def _short(value: object) -> str:
+    text = str(value)
+    return text if len(text) <= 60 else text[:57] + "..."

@@ -1,0 +1,68 @@
+"""The errors a user can meet, and how a command ends when one is raised.
+
+Every one of them says in one line the rule, what arrived and what to do, so a command prints that line and no
+traceback. Anything else that escapes is our own mistake and keeps its traceback. This file imports no torch.
+"""
+
+from __future__ import annotations
+
+import os
+import sys
+from collections.abc import Callable
+
+EXIT_USAGE = 2
+EXIT_INTERRUPTED = 130  # 128 + SIGINT, as shells report it
+EXIT_BROKEN_PIPE = 141  # 128 + SIGPIPE, likewise
+
+
+class QpkvError(Exception):
+    """Base of all errors that are the input's doing and not ours; its text is one line for the user."""
+
+
+class PlanError(QpkvError):
+    """A plan cannot be read, breaks its own rules, or was made for another model or another schema version."""
+
+
+class BudgetError(QpkvError):
+    """A budget is written in no known form, or is too small for the least that a plan must hold."""
+
+
+class UnsupportedModelError(QpkvError):
+    """A model whose cache layout, attention or tokenizer we do not know how to handle."""
+
+
+class ModelNotFoundError(QpkvError):
+    """No model goes by that name, or its weights are not on this machine and cannot be fetched."""
+
+
+class InputError(QpkvError):
+    """A prompt, an option or an input file that cannot be used as given."""
+
+
+class NumericsError(QpkvError):
+    """A score, a logit or a loss came out as NaN or infinite, so nothing after it would mean anything."""
+
+
+class CacheError(QpkvError):
+    """The cache cannot do what was asked: append to a full reserve under `then: stop`, or crop packed tokens."""
+
+
+def run_command(program: str, main: Callable[[], int]) -> int:
+    """Run a command's `main` and return the process's exit status.
+
+    main's own status, or 2 after a QpkvError (one line on stderr that begins with `program`), 130 when interrupted,
+    141 when the reader of stdout went away (quietly; stdout then points at the null device, or the interpreter would
+    complain while closing it). Any other exception passes through.
+    """
+    try:
+        status = main()
+        sys.stdout.flush()
+    except QpkvError as error:
+        print(f"{program}: error: {' '.join(str(error).split())}", file=sys.stderr)
+        return EXIT_USAGE
+    except KeyboardInterrupt:
+        return EXIT_INTERRUPTED
+    except BrokenPipeError:
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        return EXIT_BROKEN_PIPE
+    return status

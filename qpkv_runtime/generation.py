@@ -1,0 +1,241 @@
+"""One answer to one prompt under a plan, with what it took: bytes, kept tokens, seconds, the prefill's peak memory.
+
+The loop is transformers' own `generate`; this adds the cache, a watch on the logits, and the numbers. Without a plan
+the same call answers with the full cache, which is what a plan is compared with.
+
+Not here: batches (call `model.generate` with a `PlannedCache`), templates and files (`cli.py`).
+"""
+
+from __future__ import annotations
+
+import resource
+import sys
+from collections.abc import Callable
+from dataclasses import dataclass
+from time import perf_counter
+from typing import Any, cast
+
+import torch
+from torch import Tensor
+from transformers import DynamicCache, LogitsProcessor, PreTrainedModel, PreTrainedTokenizerBase, TextStreamer
+from transformers.generation.streamers import BaseStreamer
+
+from qpkv_runtime.cache import PlannedCache
+from qpkv_runtime.errors import InputError, NumericsError
+from qpkv_runtime.ledger import full_bytes
+from qpkv_runtime.models import model_shape
+from qpkv_runtime.plan import Plan
+
+
+@dataclass(frozen=True)
+class Sampling:
+    """How the next token is chosen, in transformers' words; greedy unless told otherwise.
+
+    None leaves a setting to the model's own generation config. seed: set before the answer begins, None to go on with
+    torch's generator as it is. Raises InputError for a number that transformers could not use.
+    """
+
+    do_sample: bool = False
+    temperature: float | None = None
+    top_k: int | None = None
+    top_p: float | None = None
+    repetition_penalty: float | None = None
+    seed: int | None = None
+
+    def __post_init__(self) -> None:
+        for name in ("temperature", "repetition_penalty"):
+            if (value := getattr(self, name)) is not None and not 0 < value < float("inf"):
+                raise InputError(f"{name} must be more than 0, got {value}")
+        if self.top_k is not None and self.top_k < 1:
+            raise InputError(f"top_k must be at least 1, got {self.top_k}")
+        if self.top_p is not None and not 0 < self.top_p <= 1:
+            raise InputError(f"top_p must be above 0 and at most 1, got {self.top_p}")
+        if self.seed is not None and not 0 <= self.seed < 2**63:
+            raise InputError(f"seed must be between 0 and 2**63 - 1, got {self.seed}")
+
+    def options(self) -> dict[str, Any]:
+        """Keyword arguments for `model.generate`."""
+        names = ("temperature", "top_k", "top_p")
+        if not self.do_sample:
+            chosen: dict[str, Any] = dict.fromkeys(names)  # unset: those of the model's generation config would warn
+        else:
+            chosen = {name: value for name in names if (value := getattr(self, name)) is not None}
+        if self.repetition_penalty is not None:
+            chosen["repetition_penalty"] = self.repetition_penalty
+        return {"do_sample": self.do_sample, **chosen}
+
+
+@dataclass(frozen=True)
+class Stats:
+    """What an answer took.
+
+    full_bytes: this prompt's keys and values at 16 bit, by the ledger; allocated_bytes: what the cache's tensors really
+    take. tokens_held: per layer, tokens in each tier, then appended ones (one number without a plan). decode_seconds:
+    for all tokens but the first, which is the prefill's. peak_memory_bytes: by the end of the prefill, on `cuda` the
+    most that torch had allocated, weights included; in the `process` the growth of its peak resident memory, which is
+    0 where loading the model took more.
+    """
+
+    prompt_tokens: int
+    new_tokens: int
+    full_bytes: int
+    allocated_bytes: int
+    tokens_held: tuple[tuple[int, ...], ...]
+    prefill_seconds: float
+    decode_seconds: float
+    peak_memory_bytes: int
+    peak_memory_of: str
+
+    @property
+    def prefill_tokens_per_second(self) -> float:
+        return self.prompt_tokens / self.prefill_seconds
+
+    @property
+    def decode_tokens_per_second(self) -> float | None:
+        """None for an answer of one token."""
+        return (self.new_tokens - 1) / self.decode_seconds if self.new_tokens > 1 else None
+
+
+@dataclass(frozen=True)
+class Answer:
+    """tokens: the generated ids, a final end-of-sequence token included; text: without special tokens."""
+
+    tokens: tuple[int, ...]
+    text: str
+    stats: Stats
+
+
+class TextStream(TextStreamer):
+    """Gives the answer's text to `write` as words are formed; `text` is what was given so far."""
+
+    def __init__(self, tokenizer: PreTrainedTokenizerBase, write: Callable[[str], object]) -> None:
+        super().__init__(tokenizer, skip_prompt=True, skip_special_tokens=True)
+        self.write, self.text = write, ""
+
+    def on_finalized_text(self, text: str, stream_end: bool = False) -> None:
+        self.text += text
+        self.write(text)
+
+
+def generate(
+    model: PreTrainedModel,
+    tokenizer: PreTrainedTokenizerBase,
+    plan: Plan | None,
+    input_ids: Tensor,
+    *,
+    max_new_tokens: int = 256,
+    sampling: Sampling | None = None,
+    streamer: BaseStreamer | None = None,
+) -> Answer:
+    """Answer one prompt inside the bytes of `plan`; with the full cache when plan is None.
+
+    input_ids: int64 [1, T] on any device. max_new_tokens: at most so many, and no more than the model's context has
+    room for. streamer: is given the prompt and every token as it comes, as transformers' streamers are.
+
+    Raises InputError (a prompt that is empty, or leaves no room in the model's context), PlanError (a plan for
+    another shape), CacheError (a full reserve under `then: stop`) and NumericsError (logits that are not numbers).
+    """
+    sampling, shape = sampling or Sampling(), model_shape(model)
+    if input_ids.ndim != 2 or input_ids.shape[0] != 1:
+        raise InputError(f"input_ids must be of shape [1, T], got {list(input_ids.shape)}")
+    prompt_tokens, context_tokens = input_ids.shape[1], shape.max_context_tokens
+    if prompt_tokens == 0:
+        raise InputError("a prompt must have at least one token, got none")
+    if prompt_tokens >= context_tokens:
+        raise InputError(
+            f"prompt and answer must fit the model's context of {context_tokens} tokens, "
+            f"and the prompt has {prompt_tokens}"
+        )
+    if max_new_tokens < 1:
+        raise InputError(f"max_new_tokens must be at least 1, got {max_new_tokens}")
+
+    cache = DynamicCache(config=model.config) if plan is None else PlannedCache.from_plan(plan, model)
+    ids, watch = input_ids.to(model.device), _Watch(model.device)
+    if sampling.seed is not None:
+        torch.manual_seed(sampling.seed)
+    sequence = cast(Any, model).generate(
+        ids,
+        attention_mask=torch.ones_like(ids),
+        past_key_values=cache,
+        max_new_tokens=min(max_new_tokens, context_tokens - prompt_tokens),
+        logits_processor=[watch],
+        streamer=streamer,
+        **_padding(model),
+        **sampling.options(),
+    )
+    end = perf_counter()
+    tokens: list[int] = sequence[0, prompt_tokens:].tolist()
+    stats = Stats(
+        prompt_tokens=prompt_tokens,
+        new_tokens=len(tokens),
+        full_bytes=full_bytes(shape, prompt_tokens),
+        allocated_bytes=_allocated_bytes(cache),
+        tokens_held=_tokens_held(cache),
+        prefill_seconds=watch.prefill_end - watch.start,
+        decode_seconds=end - watch.prefill_end,
+        peak_memory_bytes=watch.peak_memory_bytes,
+        peak_memory_of=watch.memory.of,
+    )
+    return Answer(tuple(tokens), cast(str, tokenizer.decode(tokens, skip_special_tokens=True)), stats)
+
+
+def _padding(model: PreTrainedModel) -> dict[str, int]:
+    """The padding token where the model names none: its first end-of-sequence token. It is never seen in one row, but
+    transformers would say in a warning that it chooses just this."""
+    config = model.generation_config
+    assert config is not None
+    if config.pad_token_id is not None or config.eos_token_id is None:
+        return {}
+    eos = config.eos_token_id
+    return {"pad_token_id": eos if isinstance(eos, int) else eos[0]}
+
+
+class _Watch(LogitsProcessor):
+    """Refuses logits that are not numbers; its first call, on the prefill's logits, notes the time and the memory."""
+
+    def __init__(self, device: torch.device) -> None:
+        self.memory = _PeakMemory(device)
+        self.start = perf_counter()
+        self.prefill_end, self.peak_memory_bytes = 0.0, 0
+
+    def __call__(self, input_ids: Tensor, scores: Tensor) -> Tensor:
+        # A single -inf is a token that some setting of the model rules out; nothing but -inf is not.
+        is_number = scores < float("inf")  # false at NaN
+        if not bool(is_number.all()) or not bool((scores.amax(-1) > float("-inf")).all()):
+            raise NumericsError("the model's logits have NaN or Inf; load it in float32 or bfloat16")
+        if not self.prefill_end:
+            self.prefill_end, self.peak_memory_bytes = perf_counter(), self.memory.peak_bytes()
+        return scores
+
+
+class _PeakMemory:
+    """The peak since this was made, of what can be measured: CUDA's allocator, else the process's resident memory."""
+
+    def __init__(self, device: torch.device) -> None:
+        self.device, self.of = device, "cuda" if device.type == "cuda" else "process"
+        if self.of == "cuda":
+            torch.cuda.reset_peak_memory_stats(device)
+        self.before_bytes = _peak_resident_bytes()
+
+    def peak_bytes(self) -> int:
+        if self.of == "cuda":
+            return torch.cuda.max_memory_allocated(self.device)
+        return _peak_resident_bytes() - self.before_bytes
+
+
+def _peak_resident_bytes() -> int:
+    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    return peak if sys.platform == "darwin" else 1024 * peak
+
+
+def _allocated_bytes(cache: DynamicCache | PlannedCache) -> int:
+    if isinstance(cache, PlannedCache):
+        return cache.allocated_bytes
+    layers = cast(Any, cache.layers)
+    return sum(tensor.untyped_storage().nbytes() for layer in layers for tensor in (layer.keys, layer.values))
+
+
+def _tokens_held(cache: DynamicCache | PlannedCache) -> tuple[tuple[int, ...], ...]:
+    if isinstance(cache, PlannedCache):
+        return tuple(tuple(layer) for layer in cache.tokens_held())
+    return tuple((layer.keys.shape[2],) for layer in cast(Any, cache.layers))

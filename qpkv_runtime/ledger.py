@@ -1,0 +1,214 @@
+"""The byte ledger: the one place where bytes are counted. Integers only, no torch.
+
+(plan) -> where every buffer of one sequence lies and how large it is. It is the search's constraint, the arena's
+size, the plan's `planned_bytes` and the column that benchmarks print; anyone who needs a size asks here.
+
+A sequence's extent is one block per layer, in layer order. A layer's block is
+
+    table         int32 [H_kv, segments, 2]: (offset within the block, tokens held); written at compression
+    head vectors  16-bit [H_kv, vectors, D]: key means and balancers, where a format needs them
+    segments      for every head: one for each tier, then the reserve that decode appends to
+
+and a segment is key codes, value codes, int32 positions (only in sliding-window layers, which must know when a
+token leaves the window), key scales, value scales. Codes are packed along tokens (`qpkv_kernels.layout`), so a segment grows
+by `quantum_tokens`: 1 token at 16 bit, 2 at 8, 4 at 4, 8 at 3 and 2. Buffers start at multiples of 4 bytes and
+segments of 16; that padding is counted like everything else.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+from functools import lru_cache
+from typing import TYPE_CHECKING
+
+from qpkv_kernels import layout
+from qpkv_runtime.methods import QUANTIZERS
+
+if TYPE_CHECKING:
+    from qpkv_runtime.models.shape import ModelShape
+    from qpkv_runtime.plan import Format, Plan, TensorFormat
+
+NUMBER_BYTES = 2  # a stored scale, zero, mean or balancer, and an element at 16 bit
+POSITION_BYTES = 4
+TABLE_ENTRY_BYTES = 8
+BUFFER_ALIGNMENT = 4
+SEGMENT_ALIGNMENT = 16
+
+
+@dataclass(frozen=True)
+class Buffer:
+    """One array inside the arena. offset: bytes from the start of the layer's block."""
+
+    name: str
+    offset: int
+    size_bytes: int
+
+
+@dataclass(frozen=True)
+class Segment:
+    """The tokens of one head in one tier (or the reserve, the last tier index), and where their buffers lie."""
+
+    head: int
+    tier: int
+    format: Format
+    capacity_tokens: int
+    offset: int
+    buffers: dict[str, Buffer]
+
+
+@dataclass(frozen=True)
+class LayerLedger:
+    """One layer's block. offset: bytes from the start of the sequence's extent."""
+
+    layer: int
+    offset: int
+    stored_bytes: int
+    table: Buffer
+    head_vectors: Buffer | None
+    segments: tuple[Segment, ...]  # all tiers of head 0, its reserve, then head 1, ...
+    num_segments_per_head: int
+    is_sliding: bool
+
+    def segment(self, head: int, tier: int) -> Segment:
+        """The segment of `head` and `tier`; tier -1 is the reserve."""
+        per_head = self.num_segments_per_head
+        return self.segments[head * per_head + tier % per_head]
+
+    def buffers(self) -> Iterator[tuple[str, Buffer]]:
+        """Every buffer of the block under a readable name."""
+        yield "table", self.table
+        if self.head_vectors is not None:
+            yield "head_vectors", self.head_vectors
+        for segment in self.segments:
+            tier = "reserve" if segment.tier == self.num_segments_per_head - 1 else f"tier{segment.tier}"
+            for name, buffer in segment.buffers.items():
+                yield f"head{segment.head}.{tier}.{name}", buffer
+
+    @property
+    def read_bytes(self) -> int:
+        """Bytes that one decode step reads when everything is full: all buffers, without the padding."""
+        return sum(buffer.size_bytes for _, buffer in self.buffers())
+
+
+@dataclass(frozen=True)
+class Ledger:
+    """The layout of one sequence under a plan."""
+
+    layers: tuple[LayerLedger, ...]
+
+    @property
+    def stored_bytes(self) -> int:
+        return sum(layer.stored_bytes for layer in self.layers)
+
+    @property
+    def read_bytes(self) -> int:
+        return sum(layer.read_bytes for layer in self.layers)
+
+
+def align(offset: int, alignment: int) -> int:
+    return -(-offset // alignment) * alignment
+
+
+def full_bytes(shape: ModelShape, context_tokens: int) -> int:
+    """The reference: K and V at 16 bit, every KV head once, the sum over layers of min(context, sliding window)."""
+    tokens = sum(min(context_tokens, window or context_tokens) for window in shape.sliding_windows)
+    return 2 * NUMBER_BYTES * shape.num_kv_heads * shape.head_size * tokens
+
+
+def quantum_tokens(format: Format) -> int:
+    """The number of tokens by which a segment of this format grows."""
+    return max(layout.quantum_tokens(format.keys.bits), layout.quantum_tokens(format.values.bits))
+
+
+def codes_bytes(bits: int, tokens: int, head_size: int) -> int:
+    """`tokens` must be a multiple of the format's quantum."""
+    return NUMBER_BYTES * tokens * head_size if bits == 16 else bits * tokens * head_size // 8
+
+
+def num_groups(format: TensorFormat, side: str, tokens: int, head_size: int) -> int:
+    """Groups of one head's tensor [tokens, head_size]; the last group along the axis may be partial."""
+    facts = QUANTIZERS[format.quantizer]
+    if facts.numbers_per_group == 0:
+        return 0
+    if (facts.key_axis if side == "keys" else facts.value_axis) == "token":
+        return tokens * -(-head_size // (format.group or head_size))
+    return head_size * -(-tokens // (format.group or tokens or 1))
+
+
+def _scales_bytes(format: TensorFormat, side: str, tokens: int, head_size: int) -> int:
+    return NUMBER_BYTES * QUANTIZERS[format.quantizer].numbers_per_group * num_groups(format, side, tokens, head_size)
+
+
+@lru_cache(maxsize=65536)
+def _segment_layout(format: Format, tokens: int, head_size: int, is_sliding: bool) -> tuple[int, tuple[Buffer, ...]]:
+    """(size, buffers at offsets from the segment's start) of a segment that holds up to `tokens` tokens."""
+    stored = align(tokens, quantum_tokens(format))
+    sizes = {
+        "key_codes": codes_bytes(format.keys.bits, stored, head_size),
+        "value_codes": codes_bytes(format.values.bits, stored, head_size),
+        "positions": POSITION_BYTES * stored if is_sliding else 0,
+        "key_scales": _scales_bytes(format.keys, "keys", stored, head_size),
+        "value_scales": _scales_bytes(format.values, "values", stored, head_size),
+    }
+    offset, buffers = 0, []
+    for name, size in sizes.items():
+        if size:
+            buffers.append(Buffer(name, offset, size))
+            offset = align(offset + size, BUFFER_ALIGNMENT)
+    return align(offset, SEGMENT_ALIGNMENT), tuple(buffers)
+
+
+def _head_vectors(formats: list[Format]) -> int:
+    """16-bit vectors of D numbers that a layer stores per head for these formats."""
+    return max((QUANTIZERS[format.keys.quantizer].head_vectors for format in formats), default=0)
+
+
+def _block_header(formats: list[Format], num_heads: int, head_size: int) -> tuple[int, int, int]:
+    """(offset of the head vectors, their size, offset of the first segment)."""
+    vectors_offset = align(TABLE_ENTRY_BYTES * num_heads * len(formats), SEGMENT_ALIGNMENT)
+    vectors_bytes = NUMBER_BYTES * num_heads * _head_vectors(formats) * head_size
+    return vectors_offset, vectors_bytes, align(vectors_offset + vectors_bytes, SEGMENT_ALIGNMENT)
+
+
+Holdings = tuple[tuple["Format", int], ...]  # a layer's (format, tokens): its tiers, then its reserve
+
+
+def layer_bytes(holdings: Holdings, num_heads: int, head_size: int, is_sliding: bool) -> int:
+    """The size of a layer's block without laying it out, for searches that ask often."""
+    *_, size = _block_header([format for format, _ in holdings], num_heads, head_size)
+    return size + num_heads * sum(_segment_layout(f, tokens, head_size, is_sliding)[0] for f, tokens in holdings)
+
+
+def layer_ledger(layer: int, offset: int, holdings: Holdings, shape: ModelShape) -> LayerLedger:
+    """Lay out one layer's block at `offset` bytes of the sequence's extent."""
+    num_heads, head_size = shape.num_kv_heads, shape.head_size
+    is_sliding = shape.sliding_windows[layer] is not None
+    vectors_offset, vectors_bytes, position = _block_header([f for f, _ in holdings], num_heads, head_size)
+    segments = []
+    for head in range(num_heads):
+        for tier, (format, tokens) in enumerate(holdings):
+            size, buffers = _segment_layout(format, tokens, head_size, is_sliding)
+            placed = {b.name: Buffer(b.name, position + b.offset, b.size_bytes) for b in buffers}
+            segments.append(Segment(head, tier, format, align(tokens, quantum_tokens(format)), position, placed))
+            position += size
+    return LayerLedger(
+        layer=layer,
+        offset=offset,
+        stored_bytes=position,
+        table=Buffer("table", 0, TABLE_ENTRY_BYTES * num_heads * len(holdings)),
+        head_vectors=Buffer("head_vectors", vectors_offset, vectors_bytes) if vectors_bytes else None,
+        segments=tuple(segments),
+        num_segments_per_head=len(holdings),
+        is_sliding=is_sliding,
+    )
+
+
+def make_ledger(plan: Plan) -> Ledger:
+    """Lay out one sequence under `plan`."""
+    offset, layers = 0, []
+    for layer in range(plan.model.num_layers):
+        entry = layer_ledger(layer, offset, plan.holdings(layer), plan.model.shape)
+        layers.append(entry)
+        offset += entry.stored_bytes
+    return Ledger(tuple(layers))

@@ -1,0 +1,106 @@
+"""The methods at a glance: every token scorer and every quantizer, as facts that need no torch.
+
+A plan names methods and the ledger weighs them; both work from this table alone, so reading a plan costs no
+torch import. The arithmetic lives in `scorers.py` and `quantizers.py` under the same names, and a test holds
+the two in step. Not here: how layers share a budget (`qpkv_planner.presets`), which is not a method of a layer.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from typing import Literal
+
+from qpkv_runtime.errors import PlanError
+
+Needs = Literal["positions", "keys", "window_queries", "all_queries"]
+Axis = Literal["token", "channel"]
+ParameterValue = int | float | str | bool
+
+
+@dataclass(frozen=True)
+class Parameter:
+    """A setting of a method: its default, and either the values it may take or its least value."""
+
+    default: ParameterValue
+    choices: tuple[ParameterValue, ...] = ()
+    minimum: int | float | None = None
+
+    def check(self, where: str, value: object) -> None:
+        """Raise PlanError unless `value` is of the default's type and allowed."""
+        wanted = type(self.default)
+        if type(value) is not wanted and not (wanted is float and type(value) is int):
+            raise PlanError(f"{where} must be of type {wanted.__name__}, got {value!r}")
+        if self.choices and value not in self.choices:
+            raise PlanError(f"{where} must be one of {', '.join(map(str, self.choices))}, got {value!r}")
+        if self.minimum is not None and isinstance(value, (int, float)) and value < self.minimum:
+            raise PlanError(f"{where} must be at least {self.minimum}, got {value!r}")
+
+
+@dataclass(frozen=True)
+class ScorerFacts:
+    """What a token scorer is and what it must be shown. Higher score is kept; token zero is the oldest."""
+
+    paper: str
+    needs: Needs
+    parameters: Mapping[str, Parameter] = field(default_factory=dict)
+
+
+@dataclass(frozen=True)
+class QuantizerFacts:
+    """How a quantizer lays out a tensor [S, D] of one head.
+
+    bits: the widths it can write. key_axis / value_axis: what one group of values that share a scale runs along
+    ("token": `group` channels of one token; "channel": `group` consecutive kept tokens of one channel).
+    numbers_per_group: 16-bit numbers stored for a group (2: scale and zero, 1: scale).
+    head_vectors: 16-bit vectors of D numbers stored once per layer and head for the keys (means, balancers).
+    group: values per scale when a plan does not say; None: the whole axis is one group and a plan may not say.
+    """
+
+    paper: str
+    bits: tuple[int, ...]
+    key_axis: Axis = "token"
+    value_axis: Axis = "token"
+    numbers_per_group: int = 0
+    head_vectors: int = 0
+    group: int | None = None
+
+    @property
+    def appends(self) -> bool:
+        """Whether one more token can be written without touching those before it."""
+        return self.key_axis == "token" and self.value_axis == "token"
+
+
+_POOLING = {
+    "kernel": Parameter(7, minimum=1),
+    "pooling": Parameter("max", choices=("max", "average")),
+}
+
+SCORERS: dict[str, ScorerFacts] = {
+    "streamingllm": ScorerFacts("arXiv 2309.17453", "positions"),
+    "h2o": ScorerFacts("arXiv 2306.14048", "all_queries"),
+    "snapkv": ScorerFacts("arXiv 2404.14469", "window_queries", _POOLING),
+    "knorm": ScorerFacts("arXiv 2406.11430", "keys"),
+    "random": ScorerFacts("control", "positions", {"seed": Parameter(0, minimum=0)}),
+}
+
+QUANTIZERS: dict[str, QuantizerFacts] = {
+    "16bit": QuantizerFacts("the model's own 16-bit type", (16,)),
+    "flexgen": QuantizerFacts("arXiv 2303.06865", (8, 4, 3, 2), numbers_per_group=2, group=64),
+    "kivi": QuantizerFacts("arXiv 2402.02750", (8, 4, 3, 2), key_axis="channel", numbers_per_group=2, group=64),
+    "rotated": QuantizerFacts(
+        "arXiv 2404.00456 (Hadamard), 2402.18096 (balance)", (8, 4, 3, 2), numbers_per_group=1, head_vectors=2
+    ),
+}
+
+
+def scorer_parameters(name: str, given: Mapping[str, object]) -> dict[str, ParameterValue]:
+    """The full parameters of scorer `name`: what is `given`, checked, and the defaults. Raises PlanError."""
+    if name not in SCORERS:
+        raise PlanError(f"scorer.name must be one of {', '.join(SCORERS)}, got {name!r}")
+    known = SCORERS[name].parameters
+    for key, value in given.items():
+        if key not in known:
+            raise PlanError(f"scorer.{key} is not a parameter of {name}, which has: {', '.join(known) or 'none'}")
+        known[key].check(f"scorer.{key}", value)
+    return {key: given.get(key, parameter.default) for key, parameter in known.items()}  # type: ignore[misc]

@@ -1,0 +1,115 @@
+"""Who a model is: the shape of its cache, and hashes that tell whether a plan was made for these very weights.
+
+The hashes are of what the files say, not of how they happen to be loaded: number type, device, folder, attention and
+transformers version do not matter. (Converting a GGUF file is another matter: transformers 5.17 and 5.23 write
+tokenizers from it that encode alike but differ in form, so their hashes differ.)
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from dataclasses import dataclass
+
+import torch
+from torch import nn
+from transformers import PreTrainedConfig, PreTrainedModel, PreTrainedTokenizerBase
+
+from qpkv_runtime.errors import UnsupportedModelError
+from qpkv_runtime.models.shape import ModelShape
+
+_SLIDES_NOWHERE = ("llama", "gemma")
+_SLIDES_EVERYWHERE = ("mistral",)  # where sliding_window is set at all
+_SLIDES_BY_LAYER = ("qwen2", "qwen3", "gemma2", "gemma3_text")
+SUPPORTED_FAMILIES = (*_SLIDES_NOWHERE, *_SLIDES_EVERYWHERE, *_SLIDES_BY_LAYER)
+
+# How a model was loaded or is being used, not which model it is. So is every key that begins with an underscore.
+_VOLATILE_KEYS = ("architectures", "dtype", "output_attentions", "torch_dtype", "transformers_version", "use_cache")
+
+
+@dataclass(frozen=True)
+class ModelIdentity:
+    """Three hashes, each written "sha256:<64 hex digits>"."""
+
+    config_hash: str
+    tokenizer_hash: str
+    weights_hash: str
+
+
+def model_shape(model: PreTrainedModel | PreTrainedConfig) -> ModelShape:
+    """The shape of a model's cache, from its (text) config.
+
+    Raises UnsupportedModelError for families other than SUPPORTED_FAMILIES and for attention that is not causal.
+    """
+    config = _text_config(model if isinstance(model, PreTrainedConfig) else model.config)
+    family = config.model_type
+    if family not in SUPPORTED_FAMILIES:
+        raise UnsupportedModelError(f"model_type must be one of {', '.join(SUPPORTED_FAMILIES)}, got {family!r}")
+    if getattr(config, "use_bidirectional_attention", False):
+        raise UnsupportedModelError(f"a decoder attends to the past only, and this {family} looks both ways")
+    return ModelShape(
+        model_type=family,
+        num_layers=config.num_hidden_layers,
+        num_query_heads=config.num_attention_heads,
+        num_kv_heads=config.num_key_value_heads,
+        head_size=getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads,
+        max_context_tokens=config.max_position_embeddings,
+        sliding_windows=_sliding_windows(config),
+    )
+
+
+def model_identity(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase) -> ModelIdentity:
+    """Hash config, tokenizer and weights; reads every weight once (about a second per GB).
+
+    Raises UnsupportedModelError for a tokenizer without a `tokenizers` backend, whose rules cannot be written down.
+    """
+    return ModelIdentity(_config_hash(model.config), _tokenizer_hash(tokenizer), _weights_hash(model))
+
+
+def _text_config(config: PreTrainedConfig) -> PreTrainedConfig:
+    return config.get_text_config(decoder=True)
+
+
+def _sliding_windows(config: PreTrainedConfig) -> tuple[int | None, ...]:
+    num_layers: int = config.num_hidden_layers
+    if config.model_type in _SLIDES_NOWHERE:
+        return (None,) * num_layers
+    window: int | None = config.sliding_window
+    if config.model_type in _SLIDES_EVERYWHERE:
+        return (window,) * num_layers
+    windows = {"full_attention": None, "sliding_attention": window}
+    for kind in config.layer_types:
+        if kind not in windows:
+            raise UnsupportedModelError(f"a layer's type must be one of {', '.join(windows)}, got {kind!r}")
+    return tuple(windows[kind] for kind in config.layer_types)
+
+
+def _config_hash(config: PreTrainedConfig) -> str:
+    # to_diff_dict, not to_dict: it leaves out transformers' generic settings, which come and go with its versions.
+    settings = _text_config(config).to_diff_dict()
+    kept = {key: value for key, value in settings.items() if key not in _VOLATILE_KEYS and not key.startswith("_")}
+    return _sha256(json.dumps(kept, sort_keys=True, separators=(",", ":")))
+
+
+def _tokenizer_hash(tokenizer: PreTrainedTokenizerBase) -> str:
+    backend = getattr(tokenizer, "backend_tokenizer", None)
+    if backend is None:
+        raise UnsupportedModelError(f"a tokenizer needs a `tokenizers` backend; {type(tokenizer).__name__} has none")
+    rules = json.loads(backend.to_str())
+    rules.pop("padding")  # these two are left behind by the last call, not part of the tokenizer
+    rules.pop("truncation")
+    return _sha256(json.dumps([rules, tokenizer.chat_template], sort_keys=True))
+
+
+def _weights_hash(model: nn.Module) -> str:
+    """Over name, shape and bfloat16 bytes of every parameter, in name order; tied parameters count once."""
+    digest = hashlib.sha256()
+    for name, parameter in sorted(model.named_parameters()):
+        digest.update(f"{name}{tuple(parameter.shape)}".encode())
+        rounded = parameter.detach().to("cpu", torch.bfloat16).contiguous()
+        digest.update(rounded.view(-1).view(torch.uint8).numpy().data)
+    return f"sha256:{digest.hexdigest()}"
+
+
+def _sha256(text: str) -> str:
+    return f"sha256:{hashlib.sha256(text.encode()).hexdigest()}"

@@ -1,0 +1,125 @@
+"""Load a model and its tokenizer for running plans: by name, in a number type this machine is fast at, with our
+attention. Only safetensors and only transformers' own model code, never a checkpoint's pickle or Python files."""
+
+from __future__ import annotations
+
+import sys
+from typing import Any
+
+import torch
+from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
+
+from qpkv_runtime.errors import InputError, ModelNotFoundError, UnsupportedModelError
+from qpkv_runtime.models.identity import model_shape
+from qpkv_runtime.models.quiet import quiet_transformers
+from qpkv_runtime.models.resolve import ModelSource, resolve
+
+DTYPES = {"float32": torch.float32, "float16": torch.float16, "bfloat16": torch.bfloat16}
+
+
+def load_model(name: str, dtype: str = "auto", device: str = "auto") -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
+    """The model, in eval mode with `attn_implementation="qpkv"`, and its tokenizer.
+
+    name: see `resolve`. dtype: float32, float16, bfloat16, or auto (`choose_dtype`). device: a torch device, or auto
+    (cuda when there is one, else cpu). A model that is not on this machine is downloaded from the hub; one that is
+    loads without asking the network.
+
+    Raises ModelNotFoundError (no such name, or weights that cannot be had), UnsupportedModelError (a family whose
+    cache we do not know, or an incomplete checkpoint) and InputError (dtype or device).
+    """
+    import qpkv_runtime.attention  # noqa: F401  (registers the attention function "qpkv")
+
+    place = _device(device)
+    if dtype != "auto" and dtype not in DTYPES:
+        raise InputError(f"dtype must be one of auto, {', '.join(DTYPES)}, got {dtype!r}")
+    source = resolve(name)
+    config = _from_pretrained(AutoConfig, source)
+    model_shape(config)  # an unsupported family ends here, before its weights are read
+    own_dtype = getattr(config.get_text_config(decoder=True), "dtype", None)
+    model, report = _from_pretrained(
+        AutoModelForCausalLM,
+        source,
+        config=config,
+        dtype=choose_dtype(place, own_dtype) if dtype == "auto" else DTYPES[dtype],
+        device_map=place,
+        attn_implementation="qpkv",
+        use_safetensors=True,
+        output_loading_info=True,
+    )
+    if missing := sorted(report["missing_keys"]):
+        raise UnsupportedModelError(
+            f"{source.path_or_id} lacks {len(missing)} of the model's weights ({missing[0]}, ...)"
+        )
+    return model.eval(), _from_pretrained(AutoTokenizer, source)
+
+
+def load_tokenizer(name: str) -> PreTrainedTokenizerBase:
+    """The tokenizer of the model `name` (see `resolve`); raises ModelNotFoundError and UnsupportedModelError."""
+    tokenizer: PreTrainedTokenizerBase = _from_pretrained(AutoTokenizer, resolve(name))
+    return tokenizer
+
+
+def choose_dtype(device: torch.device, own: torch.dtype | None = None) -> torch.dtype:
+    """The number type to run in on `device`, for a checkpoint stored as `own` (None: not said).
+
+    CUDA: the checkpoint's own 16-bit type, bfloat16 when it has none. CPU: bfloat16 where there are AMX tiles, else
+    float32. Measured on 2 Sapphire Rapids cores with AVX512-BF16 but AMX masked (torch 2.13, weights 576 x 1536):
+    bf16 takes 2.0, 0.8 and 1.7 times as long as fp32 at 1, 16 and 1024 tokens; SmolLM2's prefill of 1024 takes 2.3 s
+    against 1.7, a decode step 72 ms against 60. So AVX512-BF16 alone does not count, nor does ARM's, unmeasured.
+    """
+    if device.type != "cpu":
+        return own if own in (torch.float16, torch.bfloat16) else torch.bfloat16
+    return torch.bfloat16 if _has_amx() else torch.float32
+
+
+def _has_amx() -> bool:
+    """Whether the CPU has AMX tiles and torch's oneDNN can use them."""
+    has_tiles = getattr(torch.cpu, "_is_amx_tile_supported", None)
+    return torch.backends.mkldnn.is_available() and has_tiles is not None and bool(has_tiles())
+
+
+def _device(device: str) -> torch.device:
+    if device == "auto":
+        return torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    try:
+        place = torch.device(device)
+    except RuntimeError:
+        raise InputError(f"device must be auto, cpu, cuda or cuda:N, got {device!r}") from None
+    num_gpus = torch.cuda.device_count()
+    if place.type == "cuda" and (place.index or 0) >= num_gpus:
+        raise InputError(
+            f"torch {torch.__version__} sees {num_gpus} CUDA GPUs, got device {device!r}; choose auto or cpu"
+        )
+    return place
+
+
+def _from_pretrained(auto_class: Any, source: ModelSource, **options: Any) -> Any:
+    """`auto_class.from_pretrained` with its errors as ours, in one line."""
+    try:
+        with quiet_transformers():
+            return _local_first(auto_class, source, trust_remote_code=False, **options)
+    except ValueError as error:
+        raise UnsupportedModelError(f"transformers cannot load {source.path_or_id}: {_first_line(error)}") from None
+    except OSError as error:
+        advice = "a model directory holds config.json, safetensors and tokenizer.json"
+        if source.kind == "hub":
+            advice = f"run `hf download {source.path_or_id}` where the hub can be reached, or name a local directory"
+        raise ModelNotFoundError(f"cannot load {source.name}: {_first_line(error)}; {advice}") from None
+
+
+def _local_first(auto_class: Any, source: ModelSource, **options: Any) -> Any:
+    """From this machine when it is here, else from the hub.
+
+    Asking the hub first, as transformers does, costs a user without a network half a minute of retries per call.
+    """
+    try:
+        return auto_class.from_pretrained(source.path_or_id, local_files_only=True, **options)
+    except (OSError, ValueError):
+        if source.kind != "hub":
+            raise
+    print(f"{source.path_or_id} is not in the Hugging Face cache, asking the hub", file=sys.stderr)
+    return auto_class.from_pretrained(source.path_or_id, **options)
+
+
+def _first_line(error: Exception) -> str:
+    return str(error).strip().partition("\n")[0].rstrip(".")

@@ -1,0 +1,185 @@
+"""The decode side of a packed layer, on the PyTorch reference path: read segments, attend over them, append.
+
+Every read goes by the block's own table (row, head, segment) -> (offset, tokens held). Dequantized tokens are scratch
+of one layer's attention call and die with it. Token order inside a layer does not matter to attention, so tiers are
+read one after the other and the reserve is a ring.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor
+
+from qpkv_kernels import packing
+from qpkv_kernels.attention import attend
+from qpkv_runtime.compression import STORAGE_DTYPES, decode, encode, read_vectors, to_storage
+from qpkv_runtime.ledger import LayerLedger
+from qpkv_runtime.plan import Format, Plan
+from qpkv_runtime.quantizers import NUMBER, Encoded
+
+
+class PackedLayer:
+    """One layer's block, uint8 [B, layout.stored_bytes], read and written in place. Holds no data of its own."""
+
+    def __init__(self, plan: Plan, layout: LayerLedger, block: Tensor) -> None:
+        self.plan, self.layout, self.block = plan, layout, block
+        self.num_heads, self.head_size = plan.model.num_kv_heads, plan.model.head_size
+        self.storage_dtype = STORAGE_DTYPES[plan.model.storage_dtype]
+
+    def table(self) -> Tensor:
+        """int32 [B, H_kv, segments, 2]: offset in the block and tokens held, as a copy on the host."""
+        buffer = self.layout.table
+        entries = self.block[:, buffer.offset : buffer.offset + buffer.size_bytes].contiguous().view(torch.int32)
+        return entries.unflatten(1, (self.num_heads, -1, 2)).cpu()
+
+    def read(self, tier: int, entries: Tensor, vectors: Tensor | None) -> tuple[Tensor, Tensor, Tensor | None]:
+        """Dequantize a tier of every head: float32 keys and values [B, H_kv, S, D], int32 positions or None.
+
+        entries: int32 [B, H_kv, 2], the tier's part of the table. S is the most tokens that any head holds.
+        """
+        segment = self.layout.segment(0, tier)
+        offsets, most = entries[..., 0].tolist(), int(entries[..., 1].max())
+        sides = []
+        for side, written in (("key", segment.format.keys), ("value", segment.format.values)):
+            if written.bits == 16:
+                codes = self._buffer(f"{side}_codes", tier, offsets, self.storage_dtype)
+                codes = codes.unflatten(-1, (-1, self.head_size))
+            else:
+                packed = self._buffer(f"{side}_codes", tier, offsets, torch.uint8)
+                codes = packing.unpack(packed, written.bits, self.head_size)
+            scales = self._buffer(f"{side}_scales", tier, offsets, NUMBER)
+            sides.append(decode(segment.format, side, Encoded(codes, scales), vectors)[:, :, :most])
+        positions = None
+        if self.layout.is_sliding:
+            positions = self._buffer("positions", tier, offsets, torch.int32)[..., :most]
+        return sides[0], sides[1], positions
+
+    def _buffer(self, name: str, tier: int, offsets: list[list[int]], dtype: torch.dtype) -> Tensor:
+        """One buffer of every row and head, [B, H_kv, numbers], found by the table's offsets; empty if not stored."""
+        segment = self.layout.segment(0, tier)
+        if name not in segment.buffers:
+            return self.block.new_empty(len(offsets), len(offsets[0]), 0, dtype=dtype)
+        start, size = segment.buffers[name].offset - segment.offset, segment.buffers[name].size_bytes
+        if all(row == offsets[0] for row in offsets):
+            heads = [self.block[:, offset + start : offset + start + size] for offset in offsets[0]]
+            return torch.stack(heads, 1).view(dtype)
+        rows = [
+            torch.stack([self.block[row, offset + start : offset + start + size] for offset in row_offsets])
+            for row, row_offsets in enumerate(offsets)
+        ]
+        return torch.stack(rows).view(dtype)
+
+    def attend(
+        self,
+        query: Tensor,
+        key: Tensor,
+        value: Tensor,
+        num_appended: int,
+        prompt_tokens: Sequence[int],
+        scaling: float,
+        softcap: float | None,
+    ) -> Tensor:
+        """Attend from T new tokens to everything held and causally to each other, then append them to the reserve.
+
+        query [B, H, T, D], key and value [B, H_kv, T, D]; num_appended: tokens appended so far; prompt_tokens: each
+        row's prompt length -> [B, H, T, D]. A new token is attended to as it is stored, so T tokens at once see what
+        T single steps would: with a reserve of R, the query of appended token i sees appended tokens above i - R.
+        """
+        layout, device, num_new = self.layout, query.device, query.shape[2]
+        window = self.plan.model.shape.sliding_windows[layout.layer]
+        reserve_tokens = self.plan.decode.reserve_tokens
+        vectors = read_vectors(self.block, layout, self.num_heads, self.head_size)
+        table = self.table()
+        prompt = torch.tensor(list(prompt_tokens), device=device)[:, None, None, None]
+        new_index = num_appended + torch.arange(num_new, device=device)
+        query_index = new_index[:, None]  # [T, 1]
+        query_position = prompt + query_index  # [B, 1, T, 1]
+
+        parts: list[tuple[Tensor, Tensor, Tensor]] = []  # keys, values [B, H_kv, S, D]; visible, over [B, H_kv, T, S]
+        for tier in range(layout.num_segments_per_head - 1):
+            entries = table[:, :, tier]
+            keys, values, positions = self.read(tier, entries, vectors)
+            counts = entries[..., 1].to(device)[:, :, None, None]
+            visible = torch.arange(keys.shape[2], device=device) < counts
+            if positions is not None and window is not None:
+                visible = visible & (positions[:, :, None] > query_position - window)
+            parts.append((keys, values, visible))
+
+        keys, values, _ = self.read(-1, table[:, :, -1], vectors)
+        slots = torch.arange(keys.shape[2], device=device)
+        index = num_appended - 1 - (num_appended - 1 - slots) % reserve_tokens  # what each slot of the ring holds
+        new_keys, new_values = (self._encode_new(side, x, vectors) for side, x in (("key", key), ("value", value)))
+        new = (new_index, self._decode_new("key", new_keys, vectors), self._decode_new("value", new_values, vectors))
+        for held, keys, values in ((index, keys, values), new):
+            visible = (held <= query_index) & (held > query_index - reserve_tokens)
+            if window is not None:
+                visible = visible & (held > query_index - window)
+            parts.append((keys, values, visible[None, None]))
+
+        shape = torch.broadcast_shapes(*(visible.shape[:3] for *_, visible in parts))
+        mask = torch.cat([visible.expand(*shape, -1) for *_, visible in parts], -1)
+        out = attend(
+            query,
+            torch.cat([keys for keys, *_ in parts], 2).to(query.dtype),
+            torch.cat([values for _, values, _ in parts], 2).to(query.dtype),
+            None if bool(mask.all()) else mask,
+            scaling,
+            softcap,
+        )
+        self._append(new_keys, new_values, num_appended, prompt_tokens)
+        return out
+
+    def _encode_new(self, side: str, x: Tensor, vectors: Tensor | None) -> Encoded:
+        valid = torch.ones(x.shape[:3], dtype=torch.bool, device=x.device)
+        return encode(self._reserve_format, side, self._to_storage(side, x), valid, vectors)
+
+    def _to_storage(self, side: str, x: Tensor) -> Tensor:
+        return to_storage(self.plan.model.storage_dtype, self.layout.layer, side, x)
+
+    def _decode_new(self, side: str, encoded: Encoded, vectors: Tensor | None) -> Tensor:
+        return decode(self._reserve_format, side, encoded, vectors)
+
+    @property
+    def _reserve_format(self) -> Format:
+        return self.plan.formats[self.plan.decode.format]
+
+    def _append(self, keys: Encoded, values: Encoded, num_appended: int, prompt_tokens: Sequence[int]) -> None:
+        """Write the last tokens of `keys` and `values` into the ring, each over the oldest one once it is full."""
+        num_new, reserve_tokens = keys.codes.shape[2], self.plan.decode.reserve_tokens
+        buffers = self.layout.segment(0, -1).buffers
+        for token in range(max(0, num_new - reserve_tokens), num_new):
+            slot = (num_appended + token) % reserve_tokens
+            for side, encoded in (("key", keys), ("value", values)):
+                bits = (self._reserve_format.keys if side == "key" else self._reserve_format.values).bits
+                codes = self._reserve(f"{side}_codes")
+                if bits == 16:
+                    as_bytes = encoded.codes[:, :, token].contiguous().view(torch.uint8)
+                    codes[:, :, slot * as_bytes.shape[-1] : (slot + 1) * as_bytes.shape[-1]] = as_bytes
+                else:
+                    packing.write_token(codes, encoded.codes[:, :, token], slot, bits)
+                if encoded.scales.shape[-1]:
+                    numbers = encoded.scales.unflatten(-1, (num_new, -1))[:, :, token].contiguous().view(torch.uint8)
+                    size = numbers.shape[-1]
+                    self._reserve(f"{side}_scales")[:, :, slot * size : (slot + 1) * size] = numbers
+            if "positions" in buffers:
+                position = torch.tensor(list(prompt_tokens), dtype=torch.int32) + num_appended + token
+                as_bytes = position[:, None].view(torch.uint8)[:, None].to(self.block.device)  # [B, 1, 4]
+                self._reserve("positions")[:, :, slot * 4 : (slot + 1) * 4] = as_bytes
+        held = min(num_appended + num_new, reserve_tokens)
+        table = self.layout.table
+        entries = self.block[:, table.offset : table.offset + table.size_bytes]
+        counts = entries.unflatten(1, (self.num_heads, self.layout.num_segments_per_head, 2, 4))[:, :, -1, 1]
+        counts.copy_(torch.tensor([held], dtype=torch.int32).view(torch.uint8).expand_as(counts))
+
+    def _reserve(self, name: str) -> Tensor:
+        """A buffer of the reserve, all rows and heads: uint8 [B, H_kv, size], a view to write through."""
+        first = self.layout.segment(0, -1)
+        buffer = first.buffers[name]
+        between_heads = self.layout.segment(1, -1).offset - first.offset if self.num_heads > 1 else 0
+        row_stride = self.block.stride(0)
+        start = self.block.storage_offset() + buffer.offset
+        return self.block.as_strided(
+            (self.block.shape[0], self.num_heads, buffer.size_bytes), (row_stride, between_heads, 1), start
+        )

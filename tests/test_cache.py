@@ -1,0 +1,259 @@
+"""The runtime's promises (DESIGN.md), on random small models of every family."""
+
+from __future__ import annotations
+
+import copy
+
+import pytest
+import torch
+from conftest import SLIDING, keep_all, lossless_space, make_model, make_space, prompts, random_plan
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
+from transformers import DynamicCache
+
+from qpkv_planner.allocation import uniform
+from qpkv_runtime.cache import PlannedCache
+from qpkv_runtime.errors import BudgetError, CacheError, InputError, NumericsError, PlanError
+from qpkv_runtime.ledger import make_ledger
+from qpkv_runtime.plan import Decode, Plan, Scorer
+
+GREEDY = {"do_sample": False, "max_new_tokens": 24}
+
+
+class StoredDynamicCache(DynamicCache):
+    """A DynamicCache that holds its keys and values in the stored 16-bit type: the prompt's from the end of prefill
+    on, later tokens' from the start."""
+
+    def update(self, key_states, value_states, layer_idx, *args, **kwargs):
+        if self.get_seq_length(layer_idx) > 0:
+            key_states, value_states = key_states.half().to(key_states), value_states.half().to(value_states)
+        return super().update(key_states, value_states, layer_idx, *args, **kwargs)
+
+    def round(self) -> None:
+        for layer in self.layers:
+            layer.keys, layer.values = layer.keys.half().to(layer.keys), layer.values.half().to(layer.values)
+
+
+def greedy_reference(model, ids, mask=None, tokens=24):
+    """Greedy tokens with transformers' own eager attention and a DynamicCache, rounded after prefill."""
+    model.set_attn_implementation("eager")
+    cache = StoredDynamicCache(config=model.config)
+    mask = torch.ones_like(ids) if mask is None else mask
+    out = []
+    with torch.no_grad():
+        positions = (mask.cumsum(-1) - 1).clamp(min=0)
+        step = model(ids, attention_mask=mask, position_ids=positions, past_key_values=cache)
+        if model.dtype == torch.float32:
+            cache.round()
+        for _ in range(tokens):
+            token = step.logits[:, -1:].argmax(-1)
+            out.append(token)
+            mask = torch.cat([mask, torch.ones_like(token)], 1)
+            positions = mask.sum(-1, keepdim=True) - 1
+            step = model(token, attention_mask=mask, position_ids=positions, past_key_values=cache)
+    model.set_attn_implementation("qpkv")
+    return torch.cat([ids, *out], 1)
+
+
+@pytest.mark.parametrize("batch", [1, 3])
+def test_keeping_everything_at_16_bit_gives_the_greedy_tokens_of_dynamic_cache(family, batch):
+    model, ids = make_model(family), prompts(batch)
+    cache = PlannedCache.from_plan(keep_all(lossless_space(model)), model)
+    ours = model.generate(ids, past_key_values=cache, **GREEDY)
+    assert torch.equal(ours, greedy_reference(model, ids))
+    assert len(set(ours[:, ids.shape[1] :].flatten().tolist())) > 8, "the model repeats itself: the test shows nothing"
+    assert cache.get_seq_length() == ours.shape[1] - 1
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+def test_lossless_plan_of_a_16_bit_model_equals_dynamic_cache(dtype):
+    model, ids = make_model("llama", dtype), prompts(2)
+    cache = PlannedCache.from_plan(keep_all(lossless_space(model)), model)
+    ours = model.generate(ids, past_key_values=cache, **GREEDY)
+    model.set_attn_implementation("sdpa")
+    theirs = model.generate(ids, past_key_values=DynamicCache(config=model.config), **GREEDY)
+    assert torch.equal(ours, theirs)
+
+
+def test_left_padded_rows_get_what_they_get_alone(family):
+    model = make_model(family)
+    long, short = prompts(1, 70, seed=2), prompts(1, 43, seed=3)
+    ids = torch.cat([long, torch.cat([torch.zeros(1, 27, dtype=torch.long), short], 1)])
+    mask = torch.ones_like(ids)
+    mask[1, :27] = 0
+    for seed, scorer in enumerate(["snapkv", "h2o", "streamingllm", "knorm", "random"]):
+        plan = random_plan(model, seed, "1/3", scorer=Scorer(name=scorer))
+        caches = [PlannedCache.from_plan(plan, model) for _ in range(3)]
+        both = model.generate(ids, attention_mask=mask, past_key_values=caches[0], **GREEDY)
+        assert torch.equal(both[0], model.generate(long, past_key_values=caches[1], **GREEDY)[0])
+        assert torch.equal(both[1, 27:], model.generate(short, past_key_values=caches[2], **GREEDY)[0])
+        for layer in range(plan.model.num_layers):
+            block = caches[0].arena.block(layer)
+            different = (block[1] != caches[2].arena.block(layer)[0]).float().mean().item()
+            assert different < 0.02, f"layer {layer}: {different:.1%} of the bytes differ from the row alone"
+
+
+def test_right_padding_is_refused():
+    model, ids = make_model("llama"), prompts(2)
+    mask = torch.ones_like(ids)
+    mask[0, -9:] = 0
+    with pytest.raises(InputError, match="left"):
+        model(ids, attention_mask=mask, past_key_values=PlannedCache.from_plan(random_plan(model, 0), model))
+
+
+def live_bytes_match(cache: PlannedCache, plan: Plan, rows: int) -> None:
+    ledger = make_ledger(plan)
+    assert cache.allocated_bytes == rows * ledger.stored_bytes == rows * plan.budget.planned_bytes
+    assert plan.budget.planned_bytes <= plan.budget.limit_bytes
+    # nothing else that lives in the cache holds a tensor
+    tensors = [v for layer in cache.layers for v in vars(layer).values() if isinstance(v, torch.Tensor)]
+    assert tensors == []
+
+
+@settings(max_examples=25, deadline=None, suppress_health_check=[HealthCheck.too_slow])
+@given(
+    seed=st.integers(0, 10**6), family=st.sampled_from(["llama", "gemma3", "llama_odd_heads"]), rows=st.integers(1, 3)
+)
+def test_live_bytes_equal_the_ledger_after_every_step_and_past_the_reserve(seed, family, rows):
+    model = make_model(family)
+    try:
+        plan = random_plan(model, seed)
+    except BudgetError:
+        return
+    cache = PlannedCache.from_plan(plan, model)
+    with torch.no_grad():
+        logits = model(prompts(rows, 60), past_key_values=cache).logits
+        for _ in range(plan.decode.reserve_tokens + 3):
+            live_bytes_match(cache, plan, rows)
+            logits = model(logits[:, -1:].argmax(-1), past_key_values=cache).logits
+            assert bool(logits.isfinite().all())
+    live_bytes_match(cache, plan, rows)
+    held = cache.tokens_held()
+    for layer, counts in enumerate(held):
+        assert counts[-1] == plan.decode.reserve_tokens
+        visible = min(60, (plan.model.shape.sliding_windows[layer] or 61) - 1)
+        assert sum(counts[:-1]) == min(plan.layers[layer].tokens, visible)
+
+
+@pytest.mark.parametrize("family", ["llama", "gemma3"])
+@pytest.mark.parametrize("quantizer", ["16bit", "flexgen-k4v3", "kivi-k2v4", "rotated-k3v2", "rotated-k8v8"])
+def test_overwriting_any_one_buffer_of_the_arena_changes_the_logits(family, quantizer):
+    model = make_model(family)
+    space = make_space(model, "80%", decode=Decode(reserve_tokens=4, format="rotated-k4v4"))
+    plan = space.plan(uniform(space, quantizer))
+    cache = PlannedCache.from_plan(plan, model)
+    token = torch.tensor([[5]])
+    with torch.no_grad():
+        model(prompts(1, 60), past_key_values=cache)
+        model(prompts(1, 2, seed=9), past_key_values=cache)
+        before = model(token, past_key_values=copy.deepcopy(cache)).logits
+        for layer in make_ledger(plan).layers:
+            for name, buffer in layer.buffers():
+                changed = copy.deepcopy(cache)
+                part = changed.arena.block(layer.layer)[:, buffer.offset : buffer.offset + buffer.size_bytes]
+                if name.endswith("positions"):
+                    part.zero_()  # a token from long ago: outside the sliding window
+                elif name == "table":
+                    part.unflatten(1, (-1, 2, 4))[:, :, 1] = 0
+                else:
+                    part ^= 0x2A
+                if "reserve.positions" in name:
+                    continue  # the ring knows its positions; they are stored for kernels
+                after = model(token, past_key_values=changed).logits
+                assert not torch.equal(before, after), f"layer {layer.layer} {name} is not read"
+
+
+@pytest.mark.parametrize("seed", range(6))
+def test_teacher_forced_logits_agree_with_single_steps_across_an_eviction(family, seed):
+    model = make_model(family)
+    try:
+        plan = random_plan(model, seed)
+    except BudgetError:
+        pytest.skip("this random plan does not fit")
+    ids, continuation = prompts(2, 60), prompts(2, plan.decode.reserve_tokens + 5, seed=4)
+    with torch.no_grad():
+        cache = PlannedCache.from_plan(plan, model)
+        model(ids, past_key_values=cache)
+        at_once_cache = copy.deepcopy(cache)
+        at_once = model(continuation, past_key_values=at_once_cache).logits
+        steps = [model(token, past_key_values=cache).logits for token in continuation.split(1, 1)]
+    steps = torch.cat(steps, 1)
+    error = ((at_once - steps).abs().max() / at_once.std()).item()
+    print(f"error relative to the logits' spread: {error:.1e}")
+    assert error < 2e-2, "float32 sums in another order, through quantized new tokens"
+    assert torch.equal(at_once.argmax(-1), steps.argmax(-1))
+
+
+def test_a_full_reserve_stops_with_an_error_when_the_plan_says_so():
+    model = make_model("llama")
+    plan = random_plan(model, 1, "1/2", decode=Decode(reserve_tokens=4, format="16bit", then="stop"))
+    cache = PlannedCache.from_plan(plan, model)
+    with pytest.raises(CacheError, match="reserve holds 4"):
+        model.generate(prompts(), past_key_values=cache, **GREEDY)
+    assert (
+        model.generate(prompts(), past_key_values=PlannedCache.from_plan(plan, model), max_new_tokens=5).shape[1] == 75
+    )
+
+
+def test_beams_reset_and_deepcopy_work():
+    model, ids = make_model("llama"), prompts()
+    lossless = keep_all(lossless_space(model))
+    beams = model.generate(ids, past_key_values=PlannedCache.from_plan(lossless, model), num_beams=3, **GREEDY)
+    model.set_attn_implementation("sdpa")
+    assert torch.equal(beams, model.generate(ids, num_beams=3, **GREEDY))
+    model.set_attn_implementation("qpkv")
+    cache = PlannedCache.from_plan(random_plan(model, 3), model)
+    first = model.generate(ids, past_key_values=cache, **GREEDY)
+    cache.reset()
+    assert torch.equal(first, model.generate(ids, past_key_values=cache, **GREEDY))
+    cache.reset()
+    with torch.no_grad():
+        model(ids[:, :-1], past_key_values=cache)
+    again = [model.generate(ids, past_key_values=copy.deepcopy(cache), **GREEDY) for _ in range(2)]
+    assert torch.equal(*again)
+
+
+def test_crop_other_attention_and_other_shapes_give_clear_errors():
+    model, ids = make_model("llama"), prompts()
+    plan = random_plan(model, 0)
+    cache = PlannedCache.from_plan(plan, model)
+    with pytest.raises(CacheError, match="rolled back"):
+        cache.crop(1)
+    model.set_attn_implementation("sdpa")
+    with pytest.raises(CacheError, match="attn_implementation='qpkv'"):
+        PlannedCache.from_plan(plan, model)
+    with pytest.raises(CacheError, match="attn_implementation='qpkv'"):
+        model(ids, past_key_values=cache)
+    with pytest.raises(PlanError, match="num_kv_heads = 2, this one has 4"):
+        PlannedCache.from_plan(plan, make_model("llama", num_key_value_heads=4))
+
+
+def test_nan_in_the_model_names_layer_and_tensor():
+    model = make_model("llama")
+    with torch.no_grad():
+        model.get_decoder().layers[1].self_attn.v_proj.weight[0, 0] = float("nan")
+    with pytest.raises(NumericsError, match="layer 1: value"):
+        model(prompts(), past_key_values=PlannedCache.from_plan(random_plan(model, 0), model))
+
+
+@pytest.mark.parametrize("family", SLIDING)
+def test_sliding_layers_never_hold_more_than_the_window_reaches(family):
+    model = make_model(family)
+    plan = random_plan(model, 5, "1/2")
+    cache = PlannedCache.from_plan(plan, model)
+    model(prompts(1, 70), past_key_values=cache)
+    for layer, counts in enumerate(cache.tokens_held()):
+        window = plan.model.shape.sliding_windows[layer]
+        if window is not None:
+            assert sum(counts) <= window - 1
+
+
+def test_without_a_cache_qpkv_attention_is_ordinary_attention(family):
+    model, ids = make_model(family), prompts()
+    mask = torch.ones_like(ids)
+    mask[0, :11] = 0
+    with torch.no_grad():
+        ours = model(ids, attention_mask=mask, use_cache=False).logits
+        model.set_attn_implementation("eager")
+        theirs = model(ids, attention_mask=mask, use_cache=False).logits
+    assert torch.allclose(ours[mask.bool()], theirs[mask.bool()], atol=2e-3)

