@@ -103,7 +103,7 @@ def _solve(space: Space, options: list[dict[Choice, float]]) -> tuple[Allocation
     solution = milp(
         np.array([change for *_, change in flat]),
         constraints=[LinearConstraint(one_per_layer, 1, 1), LinearConstraint(weights, 0, space.limit_bytes)],
-        integrality=np.ones(len(flat)),
+        integrality=np.ones(len(flat), dtype=int),
         bounds=Bounds(0, 1),
     )
     assert solution.x is not None, "the current allocation is always a solution"

@@ -8,7 +8,6 @@ setting. What each stage predicted and measured goes into the plan's `calibratio
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
 from dataclasses import asdict, dataclass, replace
 from importlib.metadata import version
 from typing import Any
@@ -17,7 +16,7 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from qpkv_planner import search
 from qpkv_planner.allocation import Allocation, Space, format_named
-from qpkv_planner.calibration import Context, make_split
+from qpkv_planner.calibration import Context, Split, make_split
 from qpkv_planner.elimination import eliminate
 from qpkv_planner.grid import FORMATS, QUICK_FORMATS, Setting, make_grid, with_format
 from qpkv_planner.knapsack import improve
@@ -56,7 +55,7 @@ THOROUGH = Effort(18, 24, 3, FORMATS, ("snapkv", "h2o", "knorm", "streamingllm")
 
 @dataclass(frozen=True)
 class Candidate:
-    """A finalist: the stage that made it, and the space and allocation that make it a plan."""
+    """A finalist: the stage that made it (or the uniform setting's name), and what makes it a plan."""
 
     stage: str
     space: Space
@@ -166,65 +165,72 @@ class _Search:
         self.objective, self.seed, self.progress, self.max_new_tokens = objective, seed, progress, max_new_tokens
         self.record: dict[str, Any] = {}
 
-    def run(self, splits: dict[str, Any]) -> Plan:
-        space, progress = self.space, self.progress
-        progress.say(
-            f"budget {space.requested} of {space.context_tokens} tokens: {space.limit_bytes:,} of {space.full_bytes:,} bytes"
+    def run(self, splits: dict[str, Split]) -> Plan:
+        space = self.space
+        self.progress.say(
+            f"budget {space.requested} of {space.context_tokens} tokens: "
+            f"{space.limit_bytes:,} of {space.full_bytes:,} bytes"
         )
-        searching = self._prepare(splits["search"])
-        grid_rows, start = self._grid(searching)
+        best_uniform, candidates, slope = self._search(splits["search"])
+        return self._ship(splits, best_uniform, candidates, slope)
+
+    def _search(self, split: Split) -> tuple[Candidate, list[Candidate], float]:
+        """The stages on the search split: the best uniform setting, the finalists, and lambda at the last of them."""
+        evaluator, progress = self._prepare(split), self.progress
+        best_uniform, start = self._grid(evaluator)
         space = replace(start.space, window=self.space.window, sinks=self.space.sinks)
         quantizer = format_named(start.format).keys.quantizer
 
         progress.stage("elimination")
         eliminated, passes = eliminate(
-            searching, space, start.format, self.effort.times_budget, self.objective, progress.step
+            evaluator, space, start.format, self.effort.times_budget, self.objective, progress.step
         )
         self.record["elimination"] = [asdict(one) for one in passes]
-        self._say("elimination", searching.evaluate(space, eliminated))
+        eliminated_losses = evaluator.evaluate(space, eliminated)
+        self._say("elimination", eliminated_losses)
 
         progress.stage("knapsack")
-        first = min((eliminated, start.allocation), key=lambda a: searching.evaluate(space, a).mean(self.objective))
+        start_loss = evaluator.evaluate(space, start.allocation).mean(self.objective)
+        first = eliminated if eliminated_losses.mean(self.objective) < start_loss else start.allocation
         improved, rounds, sensitivities = improve(
-            searching, space, first, quantizer, self.effort.rounds, self.objective, progress.step
+            evaluator, space, first, quantizer, self.effort.rounds, self.objective, progress.step
         )
         self.record["knapsack"] = [{**asdict(one), "accepted": one.is_accepted} for one in rounds]
-        knapsack_loss = searching.evaluate(space, improved)
-        self._say("knapsack", knapsack_loss)
+        improved_losses = evaluator.evaluate(space, improved)
+        self._say("knapsack", improved_losses)
 
         progress.stage("search")
         found = search.refine(
-            searching, space, improved, sensitivities, quantizer, self.effort.windows, self.effort.trials,
+            evaluator, space, improved, sensitivities, quantizer, self.effort.windows, self.effort.trials,
             self.objective, self.seed, lambda: progress.step(2),
         )  # fmt: skip
         candidates = [Candidate("elimination", space, eliminated), Candidate("knapsack", space, improved)]
+        self.record["optuna"] = {"trials": self.effort.trials, "finished": len(found)}
         if found:
-            candidates.append(Candidate("search", found[0].space, found[0].allocation))
-            candidates += self._geometric_mean([candidates[1], candidates[-1]])
-            progress.say(f"search          {self.objective} {found[0].loss:.3f} after {len(found)} finished trials")
-        self.record["optuna"] = {
-            "trials": self.effort.trials,
-            "finished": len(found),
-            "best": found[0].loss if found else None,
-            "parameters": found[0].parameters if found else None,
-            "gain_on_knapsack": knapsack_loss.mean(self.objective) - found[0].loss if found else None,
-        }
-        slope = self._slope(searching, candidates[-1])
-        search_evaluations = searching.spent
-        del searching  # its prefill makes room for the validation split's
+            best = found[0]
+            candidates.append(Candidate("search", best.space, best.allocation))
+            candidates += _geometric_mean(candidates[-2], candidates[-1])
+            gain = improved_losses.mean(self.objective) - best.loss
+            self.record["optuna"].update(best=best.loss, parameters=best.parameters, gain_on_knapsack=gain)
+            progress.say(f"search          {self.objective} {best.loss:.3f} after {len(found)} finished trials")
+        self.record["search_evaluations"] = evaluator.spent
+        return best_uniform, candidates, self._slope(evaluator, candidates[-1])
 
-        validating = self._prepare(splits["validation"])
-        best_uniform = min(grid_rows, key=lambda row: row[1].mean("ce"))[0]
-        candidates.insert(0, Candidate("uniform", best_uniform.space, best_uniform.allocation))
+    def _ship(
+        self, splits: dict[str, Split], best_uniform: Candidate, candidates: list[Candidate], slope: float
+    ) -> Plan:
+        """The finalists on the validation split; the plan of the lowest cross-entropy there."""
+        evaluator, progress = self._prepare(splits["validation"]), self.progress
         progress.stage("finalists")
-        finals = [(c, validating.evaluate(c.space, c.allocation)) for c in candidates]
-        for candidate, losses in finals:
+        finals = []
+        for candidate in (best_uniform, *candidates):
+            losses = evaluator.evaluate(candidate.space, candidate.allocation)
+            finals.append((candidate, losses))
             self._say(f"  {candidate.stage}", losses)
             progress.step(2)
-        full, uniform = validating.full(), finals[0][1]
+        full, uniform = evaluator.full(), finals[0][1]
         winner, losses = min(finals, key=lambda final: final[1].mean("ce"))
         self.record["finalists"] = [{"stage": c.stage, **_means(loss)} for c, loss in finals]
-        self.record["evaluations"] = {"search": search_evaluations, "validation": validating.spent}
         gain = interval(losses, "ce", minus=uniform)
         progress.say(
             f"{winner.stage} ships: cross-entropy {losses.mean('ce'):.3f} (full {full.mean('ce'):.3f}, "
@@ -234,7 +240,7 @@ class _Search:
             objective=self.objective,
             seed=self.seed,
             context_tokens=max(len(c.tokens) + len(c.samples[0].prompt) for c in splits["search"].contexts),
-            hashes={split: splits[split].hash for split in splits},
+            hashes={name: split.hash for name, split in splits.items()},
             samples=self.record.pop("samples"),
             cross_entropy=_compare("ce", full, losses, uniform),
             kl=_compare("kl", full, losses, uniform),
@@ -243,13 +249,13 @@ class _Search:
             winner=winner.stage,
             lambda_nats_per_mib=_rounded(slope),
             beta=_rounded(1 / slope) if slope > 0 else None,
-            best_uniform=best_uniform.name,
+            best_uniform=best_uniform.stage,
             versions={package: version(package) for package in ("qpkv", "torch", "transformers", "optuna")},
             search=_rounded(self.record),
         )
         return winner.space.plan(winner.allocation, calibration)
 
-    def _prepare(self, split: Any) -> Evaluator:
+    def _prepare(self, split: Split) -> Evaluator:
         """Prefill a split under every scoring that may be asked for."""
         self.progress.stage(f"prefill {split.name}"[:13])
         scorings = [Scoring.of(s.space.scorer, s.space.sinks, s.space.window) for s in self.grid]
@@ -278,16 +284,17 @@ class _Search:
         )
         return Evaluator(self.model, prepared)
 
-    def _grid(self, evaluator: Evaluator) -> tuple[list[tuple[Setting, Losses]], Setting]:
-        """Measure the uniform settings; the rows, and the best below 16 bit by the objective, to start from."""
+    def _grid(self, evaluator: Evaluator) -> tuple[Candidate, Setting]:
+        """Measure the uniform settings. The one of lowest cross-entropy is what the plan must beat; the one of lowest
+        objective below 16 bit is where the search starts."""
         self.progress.stage("uniform grid")
         rows = []
         for setting in self.grid:
             rows.append((setting, evaluator.evaluate(setting.space, setting.allocation)))
             self.progress.step(2)
         self._say("full cache", evaluator.full())
-        best = min(rows, key=lambda row: row[1].mean(self.objective))
-        self._say(f"best uniform    {best[0].name}", best[1])
+        best, best_losses = min(rows, key=lambda row: row[1].mean("ce"))
+        self._say(f"best uniform    {best.name}", best_losses)
         self.record["grid"] = [
             {
                 "setting": setting.name,
@@ -297,16 +304,9 @@ class _Search:
             }
             for setting, losses in rows
         ]
-        low = [row for row in rows if row[0].format != "16bit" and row[0].space.window == self.space.window]
-        low = [row for row in low if row[0].space.scorer.name == best[0].space.scorer.name] or low
-        return rows, min(low, key=lambda row: row[1].mean(self.objective))[0]
-
-    def _geometric_mean(self, pair: Sequence[Candidate]) -> list[Candidate]:
-        """Between two candidates: their tokens' geometric mean, in the second one's formats."""
-        one, two = pair
-        weights = [math.sqrt(a.tokens * b.tokens) for a, b in zip(one.allocation, two.allocation, strict=True)]
-        allocation = two.space.project(weights, [choice.format for choice in two.allocation])
-        return [] if allocation is None else [Candidate("mean", two.space, allocation)]
+        whole = [row for row in rows if row[0].format != "16bit" and row[0].space.window == self.space.window]
+        start = min(whole, key=lambda row: row[1].mean(self.objective))[0]
+        return Candidate(best.name, best.space, best.allocation), start
 
     def _slope(self, evaluator: Evaluator, candidate: Candidate) -> float:
         """lambda = -dD/dR: nats that a tenth more budget saves, per MiB, all layers growing alike."""
@@ -323,6 +323,13 @@ class _Search:
             f"{what:<15} cross-entropy {losses.mean('ce'):.3f}  kl {losses.mean('kl'):.3f}  "
             f"exact answers {100 * losses.mean('exact'):.0f} %"
         )
+
+
+def _geometric_mean(one: Candidate, two: Candidate) -> list[Candidate]:
+    """Between two candidates: their tokens' geometric mean in the second one's formats, if it fits."""
+    weights = [math.sqrt(a.tokens * b.tokens) for a, b in zip(one.allocation, two.allocation, strict=True)]
+    allocation = two.space.project(weights, [choice.format for choice in two.allocation])
+    return [] if allocation is None else [Candidate("mean", two.space, allocation)]
 
 
 def _means(losses: Losses) -> dict[str, float]:

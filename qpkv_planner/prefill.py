@@ -94,7 +94,7 @@ class _RecordingLayer(CacheLayerMixin):
     supports_early_init = False
 
     def __init__(self, sliding_window: int | None) -> None:
-        super().__init__()
+        super().__init__()  # type: ignore[no-untyped-call]
         self.sliding_window, self.is_sliding = sliding_window, sliding_window is not None
         self.past: tuple[Tensor, Tensor, Tensor] | None = None
         self.last: tuple[Tensor, Tensor, Tensor] | None = None

@@ -63,7 +63,7 @@ class PlannedLayer(CacheLayerMixin):
     supports_early_init = False
 
     def __init__(self, plan: Plan, layout: LayerLedger, rows: _Rows) -> None:
-        super().__init__()
+        super().__init__()  # type: ignore[no-untyped-call]
         self.plan, self.layout, self.rows = plan, layout, rows
         self.sliding_window = plan.model.shape.sliding_windows[layout.layer]
         self.is_sliding = self.sliding_window is not None
@@ -85,8 +85,8 @@ class PlannedLayer(CacheLayerMixin):
         num_new, decode = key_states.shape[2], self.plan.decode
         if self.is_compressed and decode.then == "stop" and self.num_appended + num_new > decode.reserve_tokens:
             raise CacheError(
-                f"the plan's reserve holds {decode.reserve_tokens} generated tokens and says `then: stop`: generate fewer, "
-                "or plan with more --max-new-tokens or --then evict"
+                f"the plan's reserve holds {decode.reserve_tokens} generated tokens and says `then: stop`: "
+                "generate fewer, or plan with more --max-new-tokens or --then evict"
             )
         self.num_seen += num_new
         step = _Step(self, key_states, value_states)
@@ -100,7 +100,7 @@ class PlannedLayer(CacheLayerMixin):
         self, query: Tensor, key: Tensor, value: Tensor,
         num_padding: list[int] | None, scaling: float, softcap: float | None,
     ) -> Tensor:  # fmt: skip
-        """Dense attention to the prompt, then its compression. Shapes as `Handle.attend`; key, value [B, H_kv, T, D]."""
+        """Dense attention to the prompt, then its compression. As `Handle.attend`; key, value [B, H_kv, T, D]."""
         layer, num_rows, num_tokens = self.layout.layer, key.shape[0], key.shape[2]
         num_padding = num_padding or [0] * num_rows
         out = causal_attention(query, key, value, num_padding, scaling, self.sliding_window, softcap)
@@ -117,8 +117,8 @@ class PlannedLayer(CacheLayerMixin):
         self.prompt_tokens = [num_tokens - padding for padding in num_padding]
         if layer == 0 and max(self.prompt_tokens) > self.plan.budget.context_tokens:
             warnings.warn(
-                f"the prompt has {max(self.prompt_tokens)} tokens, more than the {self.plan.budget.context_tokens} the plan "
-                "was made for: it keeps the same bytes, a smaller share",
+                f"the prompt has {max(self.prompt_tokens)} tokens, more than the "
+                f"{self.plan.budget.context_tokens} the plan was made for: it keeps the same bytes, a smaller share",
                 stacklevel=2,
             )
         return out

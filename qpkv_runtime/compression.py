@@ -155,7 +155,7 @@ def to_storage(storage_dtype: str, layer: int, name: str, x: Tensor) -> Tensor:
 
 def write_block(block: Tensor, layout: LayerLedger, tiers: Sequence[TierTensors], query_moment: Tensor) -> None:
     """Quantize and pack one layer's tiers into `block` (uint8 [B, layout.stored_bytes]), table included."""
-    num_rows, num_heads, _, head_size = tiers[0].keys.shape
+    num_rows, num_heads = tiers[0].keys.shape[:2]
     table = torch.zeros(num_rows, num_heads, layout.num_segments_per_head, 2, dtype=torch.int32, device=block.device)
     for segment in layout.segments:
         table[:, segment.head, segment.tier, 0] = segment.offset
@@ -217,4 +217,5 @@ def read_vectors(block: Tensor, layout: LayerLedger, num_heads: int, head_size: 
     if layout.head_vectors is None:
         return None
     start, size = layout.head_vectors.offset, layout.head_vectors.size_bytes
-    return block[:, start : start + size].contiguous().view(NUMBER).unflatten(1, (num_heads, -1, head_size))
+    vectors = block[:, start : start + size].contiguous().view(NUMBER)
+    return vectors.reshape(len(block), num_heads, -1, head_size)

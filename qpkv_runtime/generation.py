@@ -106,14 +106,13 @@ class Answer:
 
 
 class TextStream(TextStreamer):
-    """Gives the answer's text to `write` as words are formed; `text` is what was given so far."""
+    """Gives the answer's text to `write`, word by word as they are formed."""
 
     def __init__(self, tokenizer: PreTrainedTokenizerBase, write: Callable[[str], object]) -> None:
         super().__init__(tokenizer, skip_prompt=True, skip_special_tokens=True)
-        self.write, self.text = write, ""
+        self.write = write
 
     def on_finalized_text(self, text: str, stream_end: bool = False) -> None:
-        self.text += text
         self.write(text)
 
 

@@ -10,9 +10,9 @@ A sequence's extent is one block per layer, in layer order. A layer's block is
     segments      for every head: one for each tier, then the reserve that decode appends to
 
 and a segment is key codes, value codes, int32 positions (only in sliding-window layers, which must know when a
-token leaves the window), key scales, value scales. Codes are packed along tokens (`qpkv_kernels.layout`), so a segment grows
-by `quantum_tokens`: 1 token at 16 bit, 2 at 8, 4 at 4, 8 at 3 and 2. Buffers start at multiples of 4 bytes and
-segments of 16; that padding is counted like everything else.
+token leaves the window), key scales, value scales. Codes are packed along tokens (`qpkv_kernels.layout`), so a
+segment grows by `quantum_tokens`: 1 token at 16 bit, 2 at 8, 4 at 4, 8 at 3 and 2. Buffers start at multiples of 4
+bytes and segments of 16; that padding is counted like everything else.
 """
 
 from __future__ import annotations

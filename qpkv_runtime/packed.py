@@ -32,7 +32,7 @@ class PackedLayer:
         """int32 [B, H_kv, segments, 2]: offset in the block and tokens held, as a copy on the host."""
         buffer = self.layout.table
         entries = self.block[:, buffer.offset : buffer.offset + buffer.size_bytes].contiguous().view(torch.int32)
-        return entries.unflatten(1, (self.num_heads, -1, 2)).cpu()
+        return entries.reshape(len(entries), self.num_heads, -1, 2).cpu()
 
     def read(self, tier: int, entries: Tensor, vectors: Tensor | None) -> tuple[Tensor, Tensor, Tensor | None]:
         """Dequantize a tier of every head: float32 keys and values [B, H_kv, S, D], int32 positions or None.
@@ -111,12 +111,12 @@ class PackedLayer:
         slots = torch.arange(keys.shape[2], device=device)
         index = num_appended - 1 - (num_appended - 1 - slots) % reserve_tokens  # what each slot of the ring holds
         new_keys, new_values = (self._encode_new(side, x, vectors) for side, x in (("key", key), ("value", value)))
-        new = (new_index, self._decode_new("key", new_keys, vectors), self._decode_new("value", new_values, vectors))
-        for held, keys, values in ((index, keys, values), new):
+        new = (self._decode_new("key", new_keys, vectors), self._decode_new("value", new_values, vectors))
+        for held, appended in ((index, (keys, values)), (new_index, new)):
             visible = (held <= query_index) & (held > query_index - reserve_tokens)
             if window is not None:
                 visible = visible & (held > query_index - window)
-            parts.append((keys, values, visible[None, None]))
+            parts.append((*appended, visible[None, None]))
 
         shape = torch.broadcast_shapes(*(visible.shape[:3] for *_, visible in parts))
         mask = torch.cat([visible.expand(*shape, -1) for *_, visible in parts], -1)

@@ -1,10 +1,11 @@
 """The quantizers: how a kept token's keys and values become codes and scales, and back.
 
 Each turns one side's tensor x [B, H_kv, S, D], in the plan's 16-bit type, into codes (uint8, or that type itself) and
-16-bit scales, and decodes them to float32. Encoding uses the scales as stored, so decode(encode(x)) is what attention sees. Slots that
-hold no token (`valid` false) never move a scale. Facts (widths, axes, groups) are in `methods.py`.
+16-bit scales, and decodes them to float32. Encoding uses the scales as stored, so decode(encode(x)) is what attention
+sees. Slots that hold no token (`valid` false) never move a scale. Facts (widths, axes, groups) are in `methods.py`.
 
-Formula (eq. 4-5 of arXiv 2412.12706): zero = min, scale = (max - min) / (2**bits - 1), code = round((x - zero) / scale).
+The min-max code (eq. 4-5 of arXiv 2412.12706): zero = min, scale = (max - min) / (2**bits - 1),
+code = round((x - zero) / scale).
 """
 
 from __future__ import annotations
@@ -15,7 +16,7 @@ from typing import Protocol
 import torch
 from torch import Tensor
 
-from qpkv_kernels.hadamard import hadamard
+from qpkv_kernels.hadamard import hadamard, hadamard_product
 from qpkv_runtime.plan import TensorFormat
 
 NUMBER = torch.float16  # the type of every stored scale, zero, mean and balancer
@@ -65,7 +66,8 @@ def _affine_decode(codes: Tensor, numbers: Tensor) -> Tensor:
 
 def _in_groups(x: Tensor, group: int) -> Tensor:
     """[..., N] -> [..., ceil(N / group), group], the last group filled up with zeros (or False)."""
-    return torch.nn.functional.pad(x, (0, -x.shape[-1] % group)).unflatten(-1, (-1, group))
+    padded = torch.nn.functional.pad(x, (0, -x.shape[-1] % group))
+    return padded.reshape(*x.shape[:-1], -1, group)
 
 
 class Flexgen:
@@ -106,6 +108,9 @@ class KiviKeys:
         return x.flatten(-2)[..., :num_tokens].transpose(-1, -2)
 
 
+CLIPS = {8: (1.0,), 4: (1.0, 0.9, 0.8, 0.7), 3: (1.0, 0.9, 0.8, 0.7, 0.6), 2: (1.0, 0.9, 0.8, 0.7, 0.6, 0.5, 0.42)}
+
+
 class Rotated:
     """Hadamard-rotated symmetric codes with one searched scale per token (after QuaRot, arXiv 2404.00456).
 
@@ -114,8 +119,6 @@ class Rotated:
     both are stored. Values are only rotated. Codes stand for the midpoints (code + 1/2 - 2**(bits - 1)) * scale; of a
     few clipping factors the one with the least squared error is taken per token. Scales are [S].
     """
-
-    CLIPS = {8: (1.0,), 4: (1.0, 0.9, 0.8, 0.7), 3: (1.0, 0.9, 0.8, 0.7, 0.6), 2: (1.0, 0.9, 0.8, 0.7, 0.6, 0.5, 0.42)}
 
     def head_vectors(self, keys: Tensor, valid: Tensor, query_moment: Tensor) -> Tensor:
         """keys [B, H_kv, S, D] (all tiers), query_moment: E q**2 [B, H_kv, D] -> (mu, gamma) float16 [B, H_kv, 2, D].
@@ -138,24 +141,27 @@ class Rotated:
         x = hadamard(x)
         half = 2 ** (format.bits - 1)
         largest = x.abs().amax(-1, keepdim=True)
-        best_codes, best_scale, best_error = None, None, None
-        for clip in self.CLIPS[format.bits]:
+        best: tuple[Tensor, Tensor, Tensor] | None = None
+        for clip in CLIPS[format.bits]:
             scale = (largest * (clip / half)).to(NUMBER)
             divisor = scale.float().masked_fill(scale == 0, 1)
             codes = (x / divisor - 0.5).round_().clamp_(-half, half - 1)
             error = ((codes + 0.5) * scale.float() - x).square_().sum(-1, keepdim=True, dtype=torch.float64)
-            if best_error is None:
-                best_codes, best_scale, best_error = codes, scale, error
+            if best is None:
+                best = codes, scale, error
             else:
-                is_better = error < best_error
-                best_codes = torch.where(is_better, codes, best_codes)
-                best_scale = torch.where(is_better, scale, best_scale)
-                best_error = torch.minimum(error, best_error)
-        assert best_codes is not None and best_scale is not None
-        return Encoded((best_codes + half).to(torch.uint8), best_scale.flatten(2))
+                is_better = error < best[2]
+                best = (
+                    torch.where(is_better, codes, best[0]),
+                    torch.where(is_better, scale, best[1]),
+                    torch.minimum(error, best[2]),
+                )
+        assert best is not None
+        return Encoded((best[0] + half).to(torch.uint8), best[1].flatten(2))
 
     def decode(self, encoded: Encoded, format: TensorFormat, vectors: Tensor | None) -> Tensor:
-        x = hadamard((encoded.codes.float() + (0.5 - 2 ** (format.bits - 1))) * encoded.scales.float()[..., None])
+        midpoints = (encoded.codes.float() + (0.5 - 2 ** (format.bits - 1))) * encoded.scales.float()[..., None]
+        x = hadamard_product(midpoints)
         if vectors is not None:
             mean, gamma = vectors.float()[..., None, :, :].unbind(-2)
             x = x / gamma + mean

@@ -120,7 +120,8 @@ class KNorm:
     """Keys of small norm are attended to most (arXiv 2406.11430)."""
 
     def score(self, prefill: Prefill, parameters: Mapping[str, ParameterValue]) -> Tensor:
-        return -prefill.key.float().norm(dim=-1)
+        norm: Tensor = torch.linalg.vector_norm(prefill.key.float(), dim=-1)
+        return -norm
 
 
 class Random:

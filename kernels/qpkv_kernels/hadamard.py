@@ -1,32 +1,43 @@
 """The orthonormal Walsh-Hadamard transform over channels.
 
-Butterflies of additions and one final scaling, never a matrix product: each output is then a fixed sequence of
-roundings, the same for any batch shape and any backend, so codes made from it can be compared bit for bit.
-A head size that is not a power of two is transformed in blocks of its largest power-of-two divisor.
+`hadamard` is butterflies of additions and one final scaling: each output is a fixed sequence of roundings, the same
+for any batch shape and any backend, so codes made from it can be compared bit for bit. `hadamard_product` is the same
+transform as a matrix product, several times faster and equal to rounding only: for reading codes back.
+A head size that is not a power of two is transformed in blocks of its largest power-of-two divisor. Both are symmetric
+and orthonormal, so they are their own inverses.
 """
 
 from __future__ import annotations
 
+from functools import lru_cache
+
+import torch
 from torch import Tensor
 
 
 def hadamard(x: Tensor) -> Tensor:
-    """x: float [..., D] -> the same shape. Symmetric and orthonormal, so it is its own inverse."""
-    head_size = x.shape[-1]
-    block = head_size & -head_size
-    y = x.reshape(-1, head_size // block, block)
+    """x: float [..., D] -> a new tensor of the same shape."""
+    block = _block(x.shape[-1])
+    y = x.clone(memory_format=torch.contiguous_format)
     step = 1
     while step < block:
-        pairs = y.unflatten(-1, (-1, 2, step))
-        low, high = pairs[..., 0, :], pairs[..., 1, :]
-        y = _interleave(low + high, low - high)
+        low, high = y.view(-1, 2, step).unbind(1)
+        difference = low - high
+        low += high
+        high.copy_(difference)
         step *= 2
-    return (y * block**-0.5).reshape(x.shape)
+    return y.mul_(block**-0.5)
 
 
-def _interleave(first: Tensor, second: Tensor) -> Tensor:
-    """[..., pairs, step] twice -> [..., pairs * 2 * step]."""
-    out = first.new_empty(*first.shape[:-1], 2, first.shape[-1])
-    out[..., 0, :] = first
-    out[..., 1, :] = second
-    return out.flatten(-3)
+def hadamard_product(x: Tensor) -> Tensor:
+    """x: float [..., D] -> a new tensor of the same shape."""
+    return x @ _matrix(x.shape[-1], x.dtype, x.device)
+
+
+def _block(head_size: int) -> int:
+    return head_size & -head_size
+
+
+@lru_cache(maxsize=16)
+def _matrix(head_size: int, dtype: torch.dtype, device: torch.device) -> Tensor:
+    return hadamard(torch.eye(head_size, dtype=dtype, device=device))

@@ -1,8 +1,9 @@
 """Codes of 8, 4, 3 and 2 bits, packed along tokens.
 
 A plane of b bits is little-endian words of 16 bits; word i of a channel holds tokens i*s .. i*s + s - 1, s = 16 / b,
-token i*s + j in bits b*j .. b*j + b - 1 (`layout.py` has the planes of each width). Words are packed along tokens, not channels, so that a decode kernel's tile keeps D whole and
-unpacks a word into s token rows (KERNELS.md, technique 1); token order inside a tile does not matter to attention.
+token i*s + j in bits b*j .. b*j + b - 1 (`layout.py` has the planes of each width). Words are packed along tokens,
+not channels, so that a decode kernel's tile keeps D whole and unpacks a word into s token rows (KERNELS.md,
+technique 1); token order inside a tile does not matter to attention.
 """
 
 from __future__ import annotations
@@ -14,7 +15,7 @@ from qpkv_kernels.layout import PLANES, word_bytes
 
 
 def pack(codes: Tensor, bits: int) -> Tensor:
-    """codes: uint8 [..., S, D], values below 2**bits, S a multiple of the width's quantum -> uint8 [..., S*D*bits/8]."""
+    """codes: uint8 [..., S, D] below 2**bits, S a multiple of the width's quantum -> uint8 [..., S*D*bits/8]."""
     packed, shift = [], 0
     for plane in PLANES[bits]:
         fields = (codes >> shift) & (2**plane - 1)

@@ -1,0 +1,91 @@
+"""A uniform plan by arithmetic alone: a known model's shape and a budget, no weights, no calibration."""
+
+from __future__ import annotations
+
+import re
+
+from qpkv_planner.allocation import Space, format_name
+from qpkv_planner.grid import make_setting
+from qpkv_runtime.errors import BudgetError, InputError
+from qpkv_runtime.methods import QUANTIZERS, SCORERS
+from qpkv_runtime.models.aliases import KNOWN_MODELS
+from qpkv_runtime.models.shape import ModelShape
+from qpkv_runtime.plan import Decode, Model, Plan, Scorer
+
+DEFAULT_CONTEXT_TOKENS = 2048
+
+
+def uniform_plan(
+    model: str,
+    budget: str,
+    setting: str,
+    *,
+    context_tokens: int | None = None,
+    max_new_tokens: int | None = None,
+    then: str = "evict",
+    sinks: int = 4,
+    window: int = 16,
+) -> Plan:
+    """Every layer alike under the exact budget, marked `calibrated: false`.
+
+    model: an alias, or a directory with a config.json. setting: SCORER:QUANTIZER:BITS, bits as `4bit` or `k4v2`.
+    Raises InputError for a setting that is not that, BudgetError where it cannot fit.
+    """
+    scorer, format = _parse(setting)
+    shape = _shape(model)
+    tokens = context_tokens or min(DEFAULT_CONTEXT_TOKENS, shape.max_context_tokens)
+    if tokens > shape.max_context_tokens:
+        raise InputError(f"the context length must be at most the model's {shape.max_context_tokens}, got {tokens}")
+    space = Space(
+        model=Model(
+            id=model,
+            model_type=shape.model_type,
+            num_layers=shape.num_layers,
+            num_query_heads=shape.num_query_heads,
+            num_kv_heads=shape.num_kv_heads,
+            head_size=shape.head_size,
+            max_context_tokens=shape.max_context_tokens,
+            sliding_windows=shape.sliding_windows if any(shape.sliding_windows) else None,
+            dtype="bfloat16",
+            storage_dtype="bfloat16",
+        ),
+        requested=budget,
+        context_tokens=tokens,
+        scorer=Scorer(name=scorer),
+        sinks=sinks,
+        window=window,
+        decode=Decode.model_validate({"reserve_tokens": 1, "format": format, "then": then}),
+    )
+    made = make_setting(space, scorer, "uniform", format, max_new_tokens)
+    if made is None or made.space.window != window:
+        raise BudgetError(
+            f"a budget must hold sinks + window ({sinks} + {window} tokens per layer) and the reserve in {format}, "
+            f"got {budget} = {space.limit_bytes}B: raise it, or lower --window, --sinks or --max-new-tokens"
+        )
+    return made.space.plan(made.allocation)
+
+
+def _parse(setting: str) -> tuple[str, str]:
+    match = re.fullmatch(r"([a-z0-9]+):([a-z0-9]+):(?:(\d+)bit|k(\d+)v(\d+))", setting)
+    if match is None:
+        raise InputError(f"--uniform is SCORER:QUANTIZER:BITS, such as snapkv:kivi:4bit, got {setting!r}")
+    scorer, quantizer = match[1], match[2]
+    for what, name, known in (("scorer", scorer, SCORERS), ("quantizer", quantizer, QUANTIZERS)):
+        if name not in known:
+            raise InputError(f"{what} must be one of {', '.join(known)}, got {name!r}")
+    keys, values = int(match[3] or match[4]), int(match[3] or match[5])
+    allowed = sorted({16, *QUANTIZERS[quantizer].bits}, reverse=True)
+    if keys not in allowed or values not in allowed:
+        raise InputError(f"{quantizer} writes {', '.join(map(str, allowed))} bits, got {setting!r}")
+    return scorer, format_name(quantizer, keys, values)
+
+
+def _shape(model: str) -> ModelShape:
+    if model in KNOWN_MODELS:
+        return KNOWN_MODELS[model].shape
+    from transformers import AutoConfig
+
+    from qpkv_runtime.models import model_shape
+    from qpkv_runtime.models.resolve import resolve
+
+    return model_shape(AutoConfig.from_pretrained(resolve(model).path_or_id))
