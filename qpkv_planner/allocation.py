@@ -65,6 +65,14 @@ class Space:
     decode: Decode
     _bytes: dict[tuple[int, Choice], int] = field(default_factory=dict, init=False, compare=False, repr=False)
 
+    @classmethod
+    def of_plan(cls, plan: Plan) -> Space:
+        """The space a plan was chosen from."""
+        budget = plan.budget
+        return cls(
+            plan.model, budget.requested, budget.context_tokens, plan.scorer, plan.sinks, plan.window, plan.decode
+        )
+
     @cached_property
     def shape(self) -> ModelShape:
         return self.model.shape

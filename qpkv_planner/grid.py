@@ -11,6 +11,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass, replace
 
 from qpkv_planner.allocation import PRESETS, Allocation, Space, default_reserve, format_named
+from qpkv_runtime.errors import BudgetError
 from qpkv_runtime.plan import Decode, Scorer
 
 PAPER_FORMATS = ("16bit", "kivi-k8v8", "kivi-k4v4", "kivi-k2v2")
@@ -56,6 +57,18 @@ def make_setting(space: Space, scorer: str, preset: str, format: str, max_new_to
         if named.window == 1:
             return None
         named = replace(named, window=named.window // 2, sinks=named.sinks // 2)
+
+
+def setting_named(space: Space, name: str) -> Setting:
+    """The uniform setting of a name that `make_setting` gave, with as large a reserve as the space's own.
+
+    Raises BudgetError where it does not fit.
+    """
+    scorer, preset, format = name.partition(" ")[0].split(":")
+    made = make_setting(space, scorer, preset, format, space.decode.reserve_tokens)
+    if made is None:
+        raise BudgetError(f"{name} does not fit into {space.requested} = {space.limit_bytes}B")
+    return made
 
 
 def _scorer(space: Space, name: str) -> Scorer:

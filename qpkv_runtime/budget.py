@@ -24,10 +24,9 @@ def limit_bytes(requested: str, full_bytes: int) -> int:
     try:
         if size := re.fullmatch(r"([0-9.]+)\s*([KMG]?i?B)", text, re.IGNORECASE):
             limit = int(Fraction(size[1]) * _UNITS[size[2].upper()])
-        elif share := re.fullmatch(r"([0-9.]+)\s*%", text):
-            limit = int(full_bytes * Fraction(share[1]) / 100)
         else:
-            ratio = Fraction(text)
+            share = re.fullmatch(r"([0-9.]+)\s*%", text)
+            ratio = Fraction(share[1]) / 100 if share else Fraction(text)
             if ratio > 1:
                 raise BudgetError(
                     f"a budget given as a ratio must be at most 1, got {requested!r}; for bytes write 2GB"

@@ -59,10 +59,9 @@ class Segment:
 
 @dataclass(frozen=True)
 class LayerLedger:
-    """One layer's block. offset: bytes from the start of the sequence's extent."""
+    """One layer's block."""
 
     layer: int
-    offset: int
     stored_bytes: int
     table: Buffer
     head_vectors: Buffer | None
@@ -180,8 +179,9 @@ def layer_bytes(holdings: Holdings, num_heads: int, head_size: int, is_sliding: 
     return size + num_heads * sum(_segment_layout(f, tokens, head_size, is_sliding)[0] for f, tokens in holdings)
 
 
-def layer_ledger(layer: int, offset: int, holdings: Holdings, shape: ModelShape) -> LayerLedger:
-    """Lay out one layer's block at `offset` bytes of the sequence's extent."""
+@lru_cache(maxsize=4096)
+def layer_ledger(layer: int, holdings: Holdings, shape: ModelShape) -> LayerLedger:
+    """Lay out one layer's block."""
     num_heads, head_size = shape.num_kv_heads, shape.head_size
     is_sliding = shape.sliding_windows[layer] is not None
     vectors_offset, vectors_bytes, position = _block_header([f for f, _ in holdings], num_heads, head_size)
@@ -194,7 +194,6 @@ def layer_ledger(layer: int, offset: int, holdings: Holdings, shape: ModelShape)
             position += size
     return LayerLedger(
         layer=layer,
-        offset=offset,
         stored_bytes=position,
         table=Buffer("table", 0, TABLE_ENTRY_BYTES * num_heads * len(holdings)),
         head_vectors=Buffer("head_vectors", vectors_offset, vectors_bytes) if vectors_bytes else None,
@@ -206,9 +205,5 @@ def layer_ledger(layer: int, offset: int, holdings: Holdings, shape: ModelShape)
 
 def make_ledger(plan: Plan) -> Ledger:
     """Lay out one sequence under `plan`."""
-    offset, layers = 0, []
-    for layer in range(plan.model.num_layers):
-        entry = layer_ledger(layer, offset, plan.holdings(layer), plan.model.shape)
-        layers.append(entry)
-        offset += entry.stored_bytes
-    return Ledger(tuple(layers))
+    shape = plan.model.shape
+    return Ledger(tuple(layer_ledger(layer, plan.holdings(layer), shape) for layer in range(shape.num_layers)))

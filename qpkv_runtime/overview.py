@@ -90,7 +90,7 @@ def _layer_table(plan: Plan) -> list[str]:
         )
     total_tokens = sum(layer.tokens for layer in plan.layers)
     rows.append(["total", str(total_tokens), "", "", "", f"{ledger.stored_bytes:,}", "100.0 %", ""])
-    return _table(rows, left={4, 7})
+    return table(rows, left={4, 7})
 
 
 def _quantizers(formats: Sequence[Format]) -> str:
@@ -105,7 +105,7 @@ def _measured(plan: Plan) -> list[str]:
         rows.append([name, *(_interval(loss) for loss in (losses.full, losses.plan, losses.best_uniform))])
     return [
         "",
-        *_table(rows, left={0}),
+        *table(rows, left={0}),
         f"best plan: {measured.winner}; best uniform: {measured.best_uniform}; "
         f"improvement on it: {_interval(measured.improvement_on_best_uniform)}",
     ]
@@ -147,7 +147,7 @@ def _metadata(quantizer: str) -> dict[str, float]:
     tokens, size = 1024, METHODS_HEAD_SIZE
     side = TensorFormat.model_validate({"quantizer": quantizer, "bits": QUANTIZERS[quantizer].bits[-1]})
     shape = ModelShape("", 1, 1, 1, size, tokens, (None,))
-    block = layer_ledger(0, 0, ((Format(keys=side, values=side), tokens),), shape)
+    block = layer_ledger(0, ((Format(keys=side, values=side), tokens),), shape)
     buffers = block.segment(0, 0).buffers
     bits = {
         f"{name}_metadata_bits_per_element": 8 * buffers[f"{name}_scales"].size_bytes / (tokens * size)
@@ -182,9 +182,9 @@ def methods_text() -> str:
         )
     return "\n".join(
         [
-            *_table(scorers, left=set(range(4))),
+            *table(scorers, left=set(range(4))),
             "",
-            *_table(quantizers, left=set(range(7)) - {3}),
+            *table(quantizers, left=set(range(7)) - {3}),
             "",
             f"Metadata bits are per stored element, at the default group and a head size of {METHODS_HEAD_SIZE}; "
             "bytes per head are stored once a layer.",
@@ -197,7 +197,7 @@ def _parameter(name: str, parameter: Parameter) -> str:
     return f"{name} {parameter.default}{allowed}"
 
 
-def _table(rows: Sequence[Sequence[str]], left: set[int]) -> list[str]:
+def table(rows: Sequence[Sequence[str]], left: set[int]) -> list[str]:
     """Rows of equal length in aligned columns; those in `left` to the left, numbers to the right."""
     widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
     return [

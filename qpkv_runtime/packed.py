@@ -148,30 +148,34 @@ class PackedLayer:
     def _append(self, keys: Encoded, values: Encoded, num_appended: int, prompt_tokens: Sequence[int]) -> None:
         """Write the last tokens of `keys` and `values` into the ring, each over the oldest one once it is full."""
         num_new, reserve_tokens = keys.codes.shape[2], self.plan.decode.reserve_tokens
-        buffers = self.layout.segment(0, -1).buffers
-        for token in range(max(0, num_new - reserve_tokens), num_new):
-            slot = (num_appended + token) % reserve_tokens
-            for side, encoded in (("key", keys), ("value", values)):
-                bits = (self._reserve_format.keys if side == "key" else self._reserve_format.values).bits
-                codes = self._reserve(f"{side}_codes")
-                if bits == 16:
-                    as_bytes = encoded.codes[:, :, token].contiguous().view(torch.uint8)
-                    codes[:, :, slot * as_bytes.shape[-1] : (slot + 1) * as_bytes.shape[-1]] = as_bytes
-                else:
-                    packing.write_token(codes, encoded.codes[:, :, token], slot, bits)
-                if encoded.scales.shape[-1]:
-                    numbers = encoded.scales.unflatten(-1, (num_new, -1))[:, :, token].contiguous().view(torch.uint8)
-                    size = numbers.shape[-1]
-                    self._reserve(f"{side}_scales")[:, :, slot * size : (slot + 1) * size] = numbers
-            if "positions" in buffers:
-                position = torch.tensor(list(prompt_tokens), dtype=torch.int32) + num_appended + token
-                as_bytes = position[:, None].view(torch.uint8)[:, None].to(self.block.device)  # [B, 1, 4]
-                self._reserve("positions")[:, :, slot * 4 : (slot + 1) * 4] = as_bytes
-        held = min(num_appended + num_new, reserve_tokens)
-        table = self.layout.table
-        entries = self.block[:, table.offset : table.offset + table.size_bytes]
-        counts = entries.unflatten(1, (self.num_heads, self.layout.num_segments_per_head, 2, 4))[:, :, -1, 1]
-        counts.copy_(torch.tensor([held], dtype=torch.int32).view(torch.uint8).expand_as(counts))
+        first = max(0, num_new - reserve_tokens)
+        index = num_appended + torch.arange(first, num_new, device=self.block.device)
+        slots = index % reserve_tokens
+        for side, encoded in (("key", keys), ("value", values)):
+            bits = (self._reserve_format.keys if side == "key" else self._reserve_format.values).bits
+            buffer = self._reserve(f"{side}_codes")
+            if bits == 16:
+                held = buffer.view(self.storage_dtype).unflatten(-1, (-1, self.head_size))
+                held[:, :, slots] = encoded.codes[:, :, first:]
+            else:
+                held = packing.unpack(buffer, bits, self.head_size)
+                held[:, :, slots] = encoded.codes[:, :, first:]
+                buffer.copy_(packing.pack(held, bits))
+            if encoded.scales.shape[-1]:
+                numbers = encoded.scales.unflatten(-1, (num_new, -1))[:, :, first:]
+                scales = self._reserve(f"{side}_scales").view(NUMBER)
+                scales.unflatten(-1, (-1, numbers.shape[-1]))[:, :, slots] = numbers
+        if self.layout.is_sliding:
+            prompt = torch.tensor(list(prompt_tokens), device=self.block.device)
+            positions = self._reserve("positions").view(torch.int32)
+            positions[:, :, slots] = (prompt[:, None, None] + index).to(torch.int32)
+        table = self._at(self.layout.table.offset, self.layout.table.size_bytes).view(torch.int32)
+        counts = table.unflatten(-1, (self.num_heads, -1, 2))[:, :, -1, 1]
+        counts.fill_(min(num_appended + num_new, reserve_tokens))
+
+    def _at(self, offset: int, size_bytes: int) -> Tensor:
+        """These bytes of every row, a view to write through."""
+        return self.block[:, offset : offset + size_bytes]
 
     def _reserve(self, name: str) -> Tensor:
         """A buffer of the reserve, all rows and heads: uint8 [B, H_kv, size], a view to write through."""

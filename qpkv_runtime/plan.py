@@ -14,7 +14,6 @@ from __future__ import annotations
 import hashlib
 import json
 from collections.abc import Hashable
-from functools import cached_property
 from pathlib import Path
 from typing import Annotated, Any, Literal, Self
 
@@ -312,7 +311,7 @@ class Plan(_Value):
         tiers = tuple((self.formats[tier.format], tier.tokens) for tier in self.layers[layer].tiers)
         return (*tiers, (self.formats[self.decode.format], self.decode.reserve_tokens))
 
-    @cached_property
+    @property
     def policy_hash(self) -> str:
         """Names what the runtime does under this plan: everything but budget and calibration."""
         policy = self.model_dump(mode="json", exclude={"budget", "calibration", "calibrated", "extrapolated"})

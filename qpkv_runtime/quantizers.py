@@ -160,11 +160,11 @@ class Rotated:
         return Encoded((best[0] + half).to(torch.uint8), best[1].flatten(2))
 
     def decode(self, encoded: Encoded, format: TensorFormat, vectors: Tensor | None) -> Tensor:
-        midpoints = (encoded.codes.float() + (0.5 - 2 ** (format.bits - 1))) * encoded.scales.float()[..., None]
+        midpoints = (encoded.codes + (0.5 - 2 ** (format.bits - 1))).mul_(encoded.scales.float()[..., None])
         x = hadamard_product(midpoints)
         if vectors is not None:
             mean, gamma = vectors.float()[..., None, :, :].unbind(-2)
-            x = x / gamma + mean
+            x.div_(gamma).add_(mean)
         return x
 
 

@@ -8,6 +8,7 @@ import pytest
 import torch
 from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedModel
 
+import qpkv_runtime.attention  # noqa: F401  (registers the attention function "qpkv")
 from qpkv_planner.allocation import Choice, Space
 from qpkv_runtime.errors import BudgetError
 from qpkv_runtime.models import model_shape

@@ -41,20 +41,3 @@ def unpack(packed: Tensor, bits: int, head_size: int) -> Tensor:
         shift, start = shift + plane, end
     assert codes is not None
     return codes
-
-
-def write_token(packed: Tensor, codes: Tensor, slot: int, bits: int) -> None:
-    """Write one token's codes (uint8 [..., D]) at token `slot` of `packed` (uint8 [..., S*D*bits/8]), in place."""
-    head_size = codes.shape[-1]
-    num_values = packed.shape[-1] * 8 // bits
-    shift, start = 0, 0
-    for plane in PLANES[bits]:
-        end = start + num_values * plane // 8
-        per_byte = 8 // plane
-        word, rest = divmod(slot, word_bytes(plane) * per_byte)
-        byte, field = divmod(rest, per_byte)
-        target = packed[..., start:end].unflatten(-1, (-1, head_size, word_bytes(plane)))[..., word, :, byte]
-        mask = 2**plane - 1
-        target &= 0xFF ^ (mask << (plane * field))
-        target |= ((codes >> shift) & mask) << (plane * field)
-        shift, start = shift + plane, end
