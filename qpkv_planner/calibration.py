@@ -20,7 +20,7 @@ from qpkv_planner import texts
 from qpkv_runtime.errors import InputError
 
 TEXT_PROMPT_TOKENS = 16  # of the document after the context, before the continuation that is measured
-CONTINUATION_TOKENS = 8  # at most, of any sample
+CONTINUATION_TOKENS = 6  # at most, of any sample
 REFERENCE_EVERY = 4  # every fourth context is reference prose, the others are speeches
 
 

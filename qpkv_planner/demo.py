@@ -35,7 +35,7 @@ from qpkv_runtime.overview import plan_text, table
 from qpkv_runtime.plan import Plan
 
 BUDGET, CONTEXT_TOKENS = "1/32", 1024
-TEST_CONTEXTS = 6
+TEST_CONTEXTS = 4
 
 
 @dataclass(frozen=True)

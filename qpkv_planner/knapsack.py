@@ -18,8 +18,11 @@ from scipy.optimize import Bounds, LinearConstraint, milp
 from qpkv_planner.allocation import Allocation, Choice, Space, format_name, format_named
 from qpkv_planner.measurement import Evaluator, Objective
 
-BITS = (2, 3, 4, 8, 16)
+BITS = (2, 3, 4, 8)
 FIRST_RADIUS = 1.5
+WORTH_OTHER_BITS = (
+    1.5  # after the first round, only layers with this many times the least tokens are tried at other bits
+)
 
 
 @dataclass(frozen=True)
@@ -37,23 +40,24 @@ class Round:
 
 
 def improve(
-    evaluator: Evaluator, space: Space, start: Allocation, quantizer: str, num_rounds: int, objective: Objective,
-    progress: Callable[[], None],
+    evaluator: Evaluator, space: Space, start: Allocation, quantizer: str, num_rounds: int, parts_per_round: int,
+    objective: Objective, progress: Callable[[], None],
 ) -> tuple[Allocation, list[Round], list[float]]:  # fmt: skip
     """The improved allocation, the rounds, and each layer's sensitivity at the end: the loss that fewer tokens add or
-    that more tokens save, whichever is larger."""
+    that more tokens save, whichever is larger. A round measures changes on `parts_per_round` parts of the samples,
+    other ones than the last, and its outcome on all."""
     allocation, radius, rounds = start, FIRST_RADIUS, list[Round]()
     sensitivities = [1.0] * space.shape.num_layers
     for index in range(num_rounds):
-        left_out = evaluator.parts[index % len(evaluator.parts)]  # another two thirds in every round
-        parts = [part for part in evaluator.parts if part != left_out]
+        parts = [evaluator.parts[(index + i) % len(evaluator.parts)] for i in range(parts_per_round)]
         incumbent = evaluator.incumbent(space, allocation, parts)
         base = incumbent.losses.mean(objective)
         before = evaluator.evaluate(space, allocation).mean(objective)
         options: list[dict[Choice, float]] = []
         for layer, choice in enumerate(allocation):
             changes = {choice: 0.0}
-            for other in _alternatives(space, layer, choice, quantizer, radius):
+            tries_bits = index == 0 or choice.tokens > WORTH_OTHER_BITS * space.least_tokens(layer, choice.format)
+            for other in _alternatives(space, layer, choice, quantizer if tries_bits else None, radius):
                 if other not in changes:
                     changes[other] = evaluator.vary(space, incumbent, layer, other).mean(objective) - base
                     progress()
@@ -73,24 +77,21 @@ def improve(
     return allocation, rounds, sensitivities
 
 
-def _alternatives(space: Space, layer: int, choice: Choice, quantizer: str, radius: float) -> list[Choice]:
-    """More and fewer tokens, then a step of bits on one side with tokens for about the same bytes."""
+def _alternatives(space: Space, layer: int, choice: Choice, quantizer: str | None, radius: float) -> list[Choice]:
+    """More and fewer tokens, then (in this quantizer, if any) a step of bits on one side for about the same bytes."""
     wishes = [(choice.tokens * radius, choice.format), (choice.tokens / radius, choice.format)]
     format = format_named(choice.format)
     keys, values = format.keys.bits, format.values.bits
-    for step in (-1, 1):
-        for key_bits, value_bits in ((_step(keys, step), values), (keys, _step(values, step))):
-            name = format_name(quantizer, key_bits, value_bits)
-            wishes.append((choice.tokens * (keys + values) / (key_bits + value_bits), name))
+    if quantizer is not None:
+        stepped = [bits for s in (-1, 1) for bits in ((next_bits(keys, s), values), (keys, next_bits(values, s)))]
+        wishes += [(choice.tokens * (keys + values) / sum(bits), format_name(quantizer, *bits)) for bits in stepped]
     return [Choice(space.legal_tokens(layer, tokens, name), name) for tokens, name in wishes]
 
 
-def _step(bits: int, step: int) -> int:
-    """The next width up or down; K and V at 16 bit together is a format of its own, so 8 is the top here."""
-    widths = BITS[:-1]
-    if bits not in widths:
-        return widths[-1]
-    return widths[min(max(widths.index(bits) + step, 0), len(widths) - 1)]
+def next_bits(bits: int, step: int) -> int:
+    """The next width up or down; 16 bit is not a step of a quantizer, so 8 is the top."""
+    place = BITS.index(bits) if bits in BITS else len(BITS)
+    return BITS[min(max(place + step, 0), len(BITS) - 1)]
 
 
 def _solve(space: Space, options: list[dict[Choice, float]]) -> tuple[Allocation, float]:

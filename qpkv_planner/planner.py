@@ -46,11 +46,12 @@ class Effort:
     windows: tuple[int, ...]
     times_budget: float
     rounds: int
+    parts_per_round: int
     trials: int
 
 
-QUICK = Effort(9, 9, 3, QUICK_FORMATS, ("snapkv",), (16,), 2.5, 2, 6)
-THOROUGH = Effort(18, 24, 3, FORMATS, ("snapkv", "h2o", "knorm", "streamingllm"), (16, 8, 32), 4.0, 5, 24)
+QUICK = Effort(9, 8, 3, QUICK_FORMATS, ("snapkv",), (16,), 2.5, 1, 1, 6)
+THOROUGH = Effort(18, 24, 3, FORMATS, ("snapkv", "h2o", "knorm", "streamingllm"), (16, 8, 32), 4.0, 5, 2, 24)
 
 
 @dataclass(frozen=True)
@@ -193,7 +194,14 @@ class _Search:
         start_loss = evaluator.evaluate(space, start.allocation).mean(self.objective)
         first = eliminated if eliminated_losses.mean(self.objective) < start_loss else start.allocation
         improved, rounds, sensitivities = improve(
-            evaluator, space, first, quantizer, self.effort.rounds, self.objective, progress.step
+            evaluator,
+            space,
+            first,
+            quantizer,
+            self.effort.rounds,
+            self.effort.parts_per_round,
+            self.objective,
+            progress.step,
         )
         self.record["knapsack"] = [{**asdict(one), "accepted": one.is_accepted} for one in rounds]
         improved_losses = evaluator.evaluate(space, improved)

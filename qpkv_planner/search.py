@@ -15,9 +15,9 @@ from dataclasses import dataclass, replace
 import optuna
 
 from qpkv_planner.allocation import Allocation, Space, format_name, format_named
+from qpkv_planner.knapsack import next_bits
 from qpkv_planner.measurement import Evaluator, Objective
 
-BIT_STEPS = (2, 3, 4, 8)
 CLEARLY_BEHIND = 1.1  # a first part's loss above this multiple of the best trial's there ends the trial
 
 
@@ -78,10 +78,8 @@ def refine(
 
 
 def _moved(format: str, quantizer: str, key_step: int, value_step: int) -> str:
-    """The format with its bits moved along BIT_STEPS, staying inside."""
+    """The format with its bits a step up or down."""
     written = format_named(format)
-    bits = []
-    for width, step in ((written.keys.bits, key_step), (written.values.bits, value_step)):
-        place = BIT_STEPS.index(width) if width in BIT_STEPS else len(BIT_STEPS) - 1
-        bits.append(BIT_STEPS[min(max(place + step, 0), len(BIT_STEPS) - 1)] if step else width)
-    return format_name(quantizer, *bits)
+    keys = next_bits(written.keys.bits, key_step) if key_step else written.keys.bits
+    values = next_bits(written.values.bits, value_step) if value_step else written.values.bits
+    return format_name(quantizer, keys, values)

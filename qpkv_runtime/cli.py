@@ -147,17 +147,17 @@ def _given_prompt(args: argparse.Namespace) -> str | None:
     is_optional = args.prompt is None and args.prompt_file is None
     if is_optional and _is_terminal():
         return None
-    source = args.prompt_file or "standard input"
+    source = "standard input" if args.prompt_file in (None, "-") else args.prompt_file
     try:
         if args.prompt is not None:
             source, text = "--prompt", args.prompt
-        elif args.prompt_file not in (None, "-"):
-            text = Path(args.prompt_file).read_text(encoding="utf-8")
+        elif source == args.prompt_file:
+            text = Path(source).read_text(encoding="utf-8")
         else:
             text = sys.stdin.read() if sys.stdin is not None else ""
         text.encode()
     except OSError as error:
-        raise InputError(f"cannot read a prompt from {source}: {error.strerror}") from None
+        raise InputError(f"cannot read a prompt from {source}: {error.strerror or error}") from None
     except UnicodeError:
         raise InputError(f"a prompt must be UTF-8 text, and {source} is not") from None
     if text.strip():
@@ -250,15 +250,19 @@ class _Session:
         print("\n".join(lines), file=sys.stderr, flush=True)
 
     def _encode(self, messages: list[Message]) -> Tensor:
-        """int64 [1, T]."""
+        """int64 [1, T]. Tokenizers warn of a prompt longer than the context, which `generate` refuses: not verbose."""
         from jinja2 import TemplateError
 
         if self.is_raw:
-            encoded: Any = self.tokenizer(_raw_text(messages), return_tensors="pt")
+            encoded: Any = self.tokenizer(_raw_text(messages), return_tensors="pt", verbose=False)
         else:
             try:
                 encoded = self.tokenizer.apply_chat_template(
-                    messages, add_generation_prompt=True, return_tensors="pt", return_dict=True
+                    messages,
+                    add_generation_prompt=True,
+                    return_tensors="pt",
+                    return_dict=True,
+                    tokenizer_kwargs={"verbose": False},
                 )
             except TemplateError as error:
                 raise InputError(f"the chat template of {self.name} refuses this conversation: {error}") from None
@@ -273,10 +277,10 @@ class _Session:
 
         def write(text: str) -> None:
             nonlocal has_begun
-            print(text if has_begun else heading + text, end="", flush=True)
-            has_begun = True
+            first, has_begun = not has_begun, True  # before printing, which Ctrl-C may interrupt
             if plan is not None:
                 self.text_so_far += text
+            print(heading + text if first else text, end="", flush=True)
 
         stream = TextStream(self.tokenizer, write)
         try:
@@ -340,6 +344,8 @@ def _converse(session: _Session) -> None:
             except KeyboardInterrupt:
                 if session.text_so_far:
                     messages = [*turn, {"role": "assistant", "content": session.text_so_far}]
+                else:
+                    print(file=sys.stderr)
             except QpkvError as error:
                 _say(f"error: {error}; this turn is forgotten")
 

@@ -108,6 +108,12 @@ class KiviKeys:
         return x.flatten(-2)[..., :num_tokens].transpose(-1, -2)
 
 
+def _in_steps(x: Tensor, scale: Tensor) -> Tensor:
+    """x in steps of `scale` from the midpoint above zero; zero where the scale is."""
+    inverse = 1 / scale.float().masked_fill(scale == 0, float("inf"))
+    return (x * inverse).sub_(0.5)
+
+
 CLIPS = {8: (1.0,), 4: (1.0, 0.9, 0.8, 0.7), 3: (1.0, 0.9, 0.8, 0.7, 0.6), 2: (1.0, 0.9, 0.8, 0.7, 0.6, 0.5, 0.42)}
 
 
@@ -126,9 +132,9 @@ class Rotated:
         Sums run in float64, so that the result does not depend on how a batch is laid out.
         """
         count = valid.sum(-1)[..., None].clamp(min=1)
-        mean = (keys.double().sum(-2) / count).to(NUMBER)
+        mean = (keys.sum(-2, dtype=torch.float64) / count).to(NUMBER)
         centred = (keys.float() - mean.float()[..., None, :]).masked_fill(~valid[..., None], 0)
-        key_moment = centred.double().pow(2).sum(-2) / count
+        key_moment = centred.square_().sum(-2, dtype=torch.float64) / count
         gamma = ((query_moment.double() + 1e-6) / (key_moment + 1e-6)).pow(0.25)
         gamma = gamma / gamma.log().mean(-1, keepdim=True).exp()
         return torch.stack([mean, gamma.clamp(2**-10, 2**10).to(NUMBER)], -2)
@@ -141,23 +147,20 @@ class Rotated:
         x = hadamard(x)
         half = 2 ** (format.bits - 1)
         largest = x.abs().amax(-1, keepdim=True)
-        best: tuple[Tensor, Tensor, Tensor] | None = None
+        best_scale = best_error = None
         for clip in CLIPS[format.bits]:
             scale = (largest * (clip / half)).to(NUMBER)
-            divisor = scale.float().masked_fill(scale == 0, 1)
-            codes = (x / divisor - 0.5).round_().clamp_(-half, half - 1)
-            error = ((codes + 0.5) * scale.float() - x).square_().sum(-1, keepdim=True, dtype=torch.float64)
-            if best is None:
-                best = codes, scale, error
+            exact = _in_steps(x, scale)
+            error = (exact.round().clamp_(-half, half - 1) - exact).square_().sum(-1, keepdim=True)
+            error *= scale.float().square()
+            if best_scale is None or best_error is None:
+                best_scale, best_error = scale, error
             else:
-                is_better = error < best[2]
-                best = (
-                    torch.where(is_better, codes, best[0]),
-                    torch.where(is_better, scale, best[1]),
-                    torch.minimum(error, best[2]),
-                )
-        assert best is not None
-        return Encoded((best[0] + half).to(torch.uint8), best[1].flatten(2))
+                best_scale = torch.where(error < best_error, scale, best_scale)
+                best_error = torch.minimum(error, best_error)
+        assert best_scale is not None
+        codes = _in_steps(x, best_scale).round_().clamp_(-half, half - 1)
+        return Encoded(codes.add_(half).to(torch.uint8), best_scale.flatten(2))
 
     def decode(self, encoded: Encoded, format: TensorFormat, vectors: Tensor | None) -> Tensor:
         midpoints = (encoded.codes + (0.5 - 2 ** (format.bits - 1))).mul_(encoded.scales.float()[..., None])

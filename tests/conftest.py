@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import random
+from importlib import metadata
 
 import pytest
 import torch
@@ -12,6 +13,7 @@ import qpkv_runtime.attention  # noqa: F401  (registers the attention function "
 from qpkv_planner.allocation import Choice, Space
 from qpkv_runtime.errors import BudgetError
 from qpkv_runtime.models import model_shape
+from qpkv_runtime.models.resolve import SMOLLM2_PACKAGE
 from qpkv_runtime.plan import Decode, Model, Plan, Scorer
 
 torch.set_num_threads(2)
@@ -152,6 +154,21 @@ def random_plan(model: PreTrainedModel, seed: int, budget: str | None = None, **
 
 def prompts(batch: int = 2, tokens: int = 70, vocabulary: int = 128, seed: int = 1) -> torch.Tensor:
     return torch.randint(2, vocabulary, (batch, tokens), generator=torch.Generator().manual_seed(seed))
+
+
+def has_smollm2() -> bool:
+    try:
+        return metadata.version(SMOLLM2_PACKAGE) is not None
+    except metadata.PackageNotFoundError:
+        return False
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    if not has_smollm2():
+        skip = pytest.mark.skip(reason="the SmolLM2 weights are not installed (make install)")
+        for item in items:
+            if item.get_closest_marker("smollm2"):
+                item.add_marker(skip)
 
 
 @pytest.fixture(params=FAMILIES)

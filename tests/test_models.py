@@ -37,16 +37,6 @@ ROOT = Path(__file__).resolve().parents[1]
 TINY = ROOT / "models" / "tiny"
 
 
-def has_smollm2() -> bool:
-    try:
-        return metadata.version(SMOLLM2_PACKAGE) is not None
-    except metadata.PackageNotFoundError:
-        return False
-
-
-needs_smollm2 = pytest.mark.skipif(not has_smollm2(), reason="the SmolLM2 weights are not installed (make install)")
-
-
 @pytest.fixture(scope="module")
 def tiny() -> PreTrainedModel:
     return load_model("tiny", dtype="float32", device="cpu")[0]
@@ -212,7 +202,6 @@ def test_the_cache_folder_follows_the_environment(monkeypatch: pytest.MonkeyPatc
 
 
 @pytest.mark.smollm2
-@needs_smollm2
 def test_smollm2_is_converted_once_and_outside_the_package(monkeypatch: pytest.MonkeyPatch) -> None:
     source = resolve("smollm2")
     monkeypatch.setattr(convert, "_write_as_safetensors", None)  # a second conversion would fail
@@ -227,7 +216,6 @@ def test_smollm2_is_converted_once_and_outside_the_package(monkeypatch: pytest.M
 
 
 @pytest.mark.smollm2
-@needs_smollm2
 def test_smollm2_has_the_known_shape_and_answers() -> None:
     model, tokenizer = load_model("smollm2", device="cpu")
     known = KNOWN_MODELS["smollm2"]

@@ -17,16 +17,17 @@ from torch import Tensor
 
 def hadamard(x: Tensor) -> Tensor:
     """x: float [..., D] -> a new tensor of the same shape."""
-    block = _block(x.shape[-1])
-    y = x.clone(memory_format=torch.contiguous_format)
+    head_size = x.shape[-1]
+    block = _block(head_size)
+    y = x.reshape(-1, head_size).t().contiguous()  # channels first: every step is then long runs of memory
     step = 1
     while step < block:
-        low, high = y.view(-1, 2, step).unbind(1)
+        low, high = y.view(-1, 2, step, y.shape[1]).unbind(1)
         difference = low - high
         low += high
         high.copy_(difference)
         step *= 2
-    return y.mul_(block**-0.5)
+    return y.mul_(block**-0.5).t().contiguous().view(x.shape)
 
 
 def hadamard_product(x: Tensor) -> Tensor:

@@ -1,0 +1,297 @@
+"""The planner: its data, its measurements, its search on a small scale, and the command."""
+
+from __future__ import annotations
+
+import json
+import subprocess
+import sys
+from dataclasses import replace
+
+import numpy as np
+import pytest
+import torch
+
+import qpkv_planner
+from qpkv_planner import cli
+from qpkv_planner.allocation import Choice, Space, uniform
+from qpkv_planner.calibration import CONTINUATION_TOKENS, FACTS, WORDS, make_split
+from qpkv_planner.grid import make_setting
+from qpkv_planner.knapsack import _solve
+from qpkv_planner.measurement import Evaluator, Losses, interval
+from qpkv_planner.planner import describe
+from qpkv_planner.prefill import _ContextRun, prepare
+from qpkv_planner.texts import SPLITS, references, speeches
+from qpkv_runtime.cache import PlannedCache
+from qpkv_runtime.compression import Scoring
+from qpkv_runtime.errors import InputError, NumericsError
+from qpkv_runtime.models import load_model, load_tokenizer, model_shape
+from qpkv_runtime.plan import Decode, Scorer, load_plan, parse_plan
+
+TOKENS = 384
+SCORERS = ("snapkv", "h2o")
+
+
+@pytest.fixture(scope="module")
+def tiny():
+    return load_model("tiny", dtype="float32")
+
+
+@pytest.fixture(scope="module")
+def search_split(tiny):
+    return make_split(tiny[1], "search", 3, TOKENS, seed=0)
+
+
+@pytest.fixture(scope="module")
+def space(tiny, search_split):
+    return Space(
+        model=describe(*tiny, "tiny", search_split.contexts[0]),
+        requested="1/8",
+        context_tokens=TOKENS,
+        scorer=Scorer(name="snapkv"),
+        sinks=4,
+        window=16,
+        decode=Decode(reserve_tokens=4, format="rotated-k4v4"),
+    )
+
+
+@pytest.fixture(scope="module")
+def prepared(tiny, search_split):
+    scorings = [Scoring.of(Scorer(name=name), 4, 16) for name in SCORERS]
+    return prepare(tiny[0], model_shape(tiny[0]), "float16", search_split, scorings, 3, lambda: None)
+
+
+# --- calibration ---
+
+
+def test_splits_share_no_text_no_name_no_value_and_no_wording():
+    for kind in (speeches, references):
+        parts = [set(kind(split)) for split in SPLITS]
+        assert all(parts)
+        assert not parts[0] & parts[1] and not parts[0] & parts[2] and not parts[1] & parts[2]
+    for one, other in (("search", "validation"), ("search", "test"), ("validation", "test")):
+        for words in WORDS[one]:
+            assert not set(WORDS[one][words].split()) & set(WORDS[other].get(words, "").split())
+        assert not {f.statement for f in FACTS[one]} & {f.statement for f in FACTS[other]}
+
+
+@pytest.mark.parametrize("model", ["tiny", pytest.param("smollm2", marks=pytest.mark.smollm2)])
+def test_calibration_is_deterministic_fits_the_length_and_holds_its_facts(model):
+    tokenizer = load_tokenizer(model)
+    split = make_split(tokenizer, "validation", 3, 512, seed=1)
+    assert split.hash == make_split(tokenizer, "validation", 3, 512, seed=1).hash
+    assert split.hash != make_split(tokenizer, "validation", 3, 512, seed=2).hash
+    for context in split.contexts:
+        document = tokenizer.decode(list(context.tokens))
+        for sample in context.samples:
+            assert len(context.tokens) + len(sample.prompt) + len(sample.continuation) <= 512 + CONTINUATION_TOKENS
+            if sample.kind != "text":
+                assert tokenizer.decode(list(sample.continuation)).strip() in document
+
+
+def test_a_context_too_short_for_its_questions_is_refused():
+    with pytest.raises(InputError, match="room for text"):
+        make_split(load_tokenizer("tiny"), "search", 1, 150, seed=0)
+
+
+# --- measurement ---
+
+
+def test_cached_prefill_gives_bitwise_the_kept_tokens_and_codes_of_a_fresh_one(tiny, space, search_split, prepared):
+    """The runtime's own prefill and compression, on the very tensors that the planner stored."""
+    model = tiny[0]
+    allocation = tuple(
+        Choice(space.legal_tokens(layer, 60 + 10 * layer, format), format)
+        for layer, format in enumerate(["16bit", "rotated-k4v2", "kivi-k4v4", "flexgen-k3v2", "rotated-k3v3"] * 2)
+    )[: space.shape.num_layers]
+    for scorer in SCORERS:
+        scored = replace(space, scorer=Scorer(name=scorer))
+        plan = scored.probe(allocation)
+        evaluator = Evaluator(model, prepared)
+        row = 0
+        for index in (0, 1, 2):  # parts of one context each, in this order
+            run = _ContextRun(model, space.shape, search_split.contexts[index])
+            for sample in range(len(search_split.contexts[index].samples)):
+                if prepared.contexts[row] != index:
+                    continue
+                fresh = PlannedCache(plan, [torch.device("cpu")] * space.shape.num_layers)
+                scoring = Scoring.of(scored.scorer, space.sinks, space.window)
+                for layer, cached in enumerate(fresh.layers):
+                    prefill = run.prefill(layer, sample, space.window)
+                    past, last = run.layers[layer].past, run.layers[layer].last
+                    own = prefill.key.shape[2] - past[2].shape[2]
+                    value = torch.cat([past[2], last[2][sample : sample + 1, :, :own]], 2)
+                    cached.prefill(prefill.query, prefill.key, value, None, prefill.scaling, None)
+                    layout = fresh.ledger.layers[layer]
+                    block = evaluator._block(scored, plan, scoring, layout, allocation[layer], index)
+                    in_part = row - prepared.part_starts[index]
+                    assert torch.equal(fresh.arena.block(layer)[0], block[in_part]), (scorer, layer)
+                row += 1
+        assert row == len(prepared)
+
+
+def test_starting_at_the_changed_layer_equals_a_whole_evaluation_bitwise(tiny, space, prepared):
+    evaluator = Evaluator(tiny[0], prepared)
+    allocation = uniform(space, "rotated-k4v2")
+    incumbent = evaluator.incumbent(space, allocation, [0, 2])
+    for layer in (0, 3, 7):
+        changed = Choice(space.legal_tokens(layer, 90, "rotated-k3v3"), "rotated-k3v3")
+        whole = evaluator.evaluate(space, (*allocation[:layer], changed, *allocation[layer + 1 :]), [0, 2])
+        part = evaluator.vary(space, incumbent, layer, changed)
+        assert np.array_equal(whole.ce, part.ce) and np.array_equal(whole.kl, part.kl)
+        assert not np.array_equal(part.kl, incumbent.losses.kl)
+
+
+def test_what_is_measured_is_what_the_runtime_does(tiny, space, search_split, prepared):
+    """Cross-entropy of one sample by the planner, and by prefill and forward through a PlannedCache."""
+    model = tiny[0]
+    allocation = uniform(space, "rotated-k4v4")
+    plan = space.plan(allocation)
+    losses = Evaluator(model, prepared).evaluate(space, allocation)
+    for row, context in ((0, 0), (len(prepared) - 1, 2)):
+        sample = search_split.contexts[context].samples[0 if row == 0 else -1]
+        prompt = torch.tensor([search_split.contexts[context].tokens + sample.prompt])
+        cache = PlannedCache.from_plan(plan, model)
+        with torch.no_grad():
+            model(prompt[:, :-1], past_key_values=cache)
+            ids = torch.tensor([(sample.prompt[-1], *sample.continuation[:-1])])
+            logits = model(ids, past_key_values=cache).logits[0]
+        ce = torch.nn.functional.cross_entropy(logits, torch.tensor(sample.continuation)).item()
+        assert ce == pytest.approx(losses.ce[row], rel=0.02, abs=2e-3), "the prefill is split in two in the planner"
+
+
+def test_keeping_everything_costs_nothing(tiny, space, prepared):
+    everything = [Choice(TOKENS, "16bit")] * space.shape.num_layers
+    roomy = replace(space, decode=Decode(reserve_tokens=16, format="16bit"))
+    losses = Evaluator(tiny[0], prepared).evaluate(roomy, tuple(everything))
+    assert losses.kl.max() < 1e-3
+    assert losses.mean("ce") == pytest.approx(Evaluator(tiny[0], prepared).full().mean("ce"), abs=1e-3)
+
+
+def test_nan_in_the_model_ends_the_measurement(search_split):
+    model, _ = load_model("tiny", dtype="float32")
+    with torch.no_grad():
+        model.get_decoder().norm.weight[0] = float("nan")
+    with pytest.raises(NumericsError, match="NaN"):
+        prepare(model, model_shape(model), "float16", search_split, [], 3, lambda: None)
+
+
+def test_intervals_are_over_contexts_and_paired():
+    kinds, contexts = ("a", "b") * 20, tuple(i // 4 for i in range(40))
+    noise = np.random.default_rng(0).normal(size=40) + np.repeat(np.arange(10), 4)
+    one = Losses(noise + 0.3, noise, noise > 0, kinds, contexts)
+    other = Losses(noise, noise, noise > 0, kinds, contexts)
+    alone, paired = interval(one, "ce"), interval(one, "ce", minus=other)
+    assert alone.high - alone.low > 1
+    assert paired.mean == pytest.approx(0.3) and paired.high - paired.low < 1e-6
+    assert alone.mean == pytest.approx(one.mean("ce"), abs=1e-6)
+
+
+# --- search ---
+
+
+def test_the_knapsack_is_solved_exactly(space):
+    """Against brute force over three alternatives in each of the layers."""
+    chance = np.random.default_rng(3)
+    options = [
+        {Choice(tokens, "rotated-k4v4"): float(chance.normal()) for tokens in (24, 40, 64)}
+        for _ in range(space.shape.num_layers)
+    ]
+    chosen, change = _solve(space, options)
+    assert space.bytes(chosen) <= space.limit_bytes
+    best, layers = float("inf"), [list(one.items()) for one in options]
+    for index in range(3 ** len(layers)):
+        picks = [layers[layer][index // 3**layer % 3] for layer in range(len(layers))]
+        if space.bytes([choice for choice, _ in picks]) <= space.limit_bytes:
+            best = min(best, sum(value for _, value in picks))
+    assert change == pytest.approx(best)
+
+
+def test_a_setting_that_cannot_hold_its_window_gets_a_smaller_one_by_name(space):
+    small = replace(space, requested="1/20")
+    made = make_setting(small, "snapkv", "uniform", "16bit", None)
+    assert "window 8" in made.name and made.space.window == 8
+    assert made.space.bytes(made.allocation) <= made.space.limit_bytes
+
+
+@pytest.fixture(scope="module")
+def planned(tiny):
+    model, tokenizer = tiny
+    return qpkv_planner.plan(model, tokenizer, "1/16", name="tiny", context_tokens=TOKENS, quick=True, quiet=True)
+
+
+def test_the_plan_fits_is_calibrated_and_round_trips(planned):
+    budget = planned.budget
+    assert budget.limit_bytes == budget.full_bytes // 16
+    assert budget.planned_bytes <= budget.limit_bytes
+    assert parse_plan(planned.to_yaml()) == planned
+    measured = planned.calibration
+    assert planned.calibrated and measured is not None
+    for loss in (measured.cross_entropy, measured.kl):
+        for one in (loss.full, loss.plan, loss.best_uniform):
+            assert one.low <= one.mean <= one.high
+    finalists = {final["stage"]: final["cross_entropy"] for final in measured.search["finalists"]}
+    assert measured.cross_entropy.plan.mean == pytest.approx(min(finalists.values()), abs=1e-5)
+    assert measured.cross_entropy.plan.mean <= measured.cross_entropy.best_uniform.mean
+    assert {row["setting"] for row in measured.search["grid"]} >= {measured.best_uniform}
+    limit = budget.limit_bytes
+    assert all(row["bytes"] <= limit for row in measured.search["grid"])
+
+
+def test_no_layer_of_the_plan_can_take_one_more_quantum(planned):
+    space = Space.of_plan(planned)
+    allocation = [Choice(layer.tokens, layer.tiers[0].format) for layer in planned.layers]
+    spent = space.bytes(allocation)
+    for layer, choice in enumerate(allocation):
+        more = space.one_more(layer, choice)
+        if more is not None:
+            cost = space.layer_bytes(layer, more) - space.layer_bytes(layer, choice)
+            assert spent + cost > planned.budget.limit_bytes
+
+
+def test_the_command_gives_the_same_yaml_as_the_function_byte_for_byte(planned, tmp_path):
+    command = [sys.executable, "-m", "qpkv_planner", "--model", "tiny", "--budget", "1/16", "--quick"]
+    command += ["--context-length", str(TOKENS), "--dtype", "float32"]
+    done = subprocess.run(command, capture_output=True, text=True, check=True)
+    assert done.stdout == planned.to_yaml()
+    assert "best uniform" in done.stderr
+
+
+# --- the command ---
+
+
+def run(*arguments: str) -> int:
+    return cli.main(list(arguments))
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["--model", "no-such-model", "--budget", "1/64"], "no-such-model"),
+        (["--model", "tiny", "--budget", "half"], "a budget is written as"),
+        (["--model", "tiny", "--budget", "1/4000"], "at least"),
+        (["--model", "tiny", "--budget", "1/8", "--context-length", "100000"], "4096"),
+        (["--model", "tiny", "--budget", "1/8", "--window", "0"], "--window"),
+        (["--model", "tiny", "--budget", "1/8", "--output", "no/such/directory/plan.yaml"], "existing directory"),
+        (["--model", "mistral-7b", "--budget", "1/64", "--uniform", "snapkv:kiwi:4bit"], "quantizer must be one of"),
+        (["--model", "mistral-7b", "--budget", "1/64", "--uniform", "snapkv:kivi:5bit"], "kivi writes"),
+    ],
+)
+def test_bad_input_gives_one_line_status_2_and_nothing_on_stdout(arguments, message, capsys):
+    assert run(*arguments) == 2
+    out, err = capsys.readouterr()
+    assert out == ""
+    assert message in err and err.count("\n") == 1 and err.startswith("qpkv-plan: error: ")
+
+
+def test_uniform_plans_of_known_models_need_no_weights(capsys, tmp_path):
+    arguments = ["--model", "mistral-7b", "--budget", "1/64", "--uniform", "snapkv:kivi:4bit"]
+    assert run(*arguments, "--output", str(tmp_path / "plan.yaml")) == 0
+    plan = load_plan(tmp_path / "plan.yaml")
+    assert not plan.calibrated
+    assert plan.budget.full_bytes == 2048 * 32 * 2 * 8 * 128 * 2
+    assert plan.budget.limit_bytes == plan.budget.full_bytes // 64
+    assert capsys.readouterr().out == ""
+
+
+def test_json_of_the_search_record_is_plain(planned):
+    json.dumps(planned.model_dump(mode="json"))
