@@ -22,10 +22,10 @@ demo: install  ## plan, run and compare on a small real model
 	$(BIN)/python -m qpkv_planner.demo
 
 test: install  ## the tests, without the slow ones
-	$(BIN)/python -m pytest -q
+	$(BIN)/python -m pytest -q -n auto --dist loadfile
 
 test-long: install  ## all tests
-	$(BIN)/python -m pytest -q -m ""
+	$(BIN)/python -m pytest -q -n auto --dist loadfile -m ""
 
 check: install  ## lint, format, types, import directions
 	$(BIN)/ruff check .

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import re
 from collections.abc import Sequence
-from dataclasses import dataclass, field, replace
+from dataclasses import asdict, dataclass, field, replace
 from functools import cached_property, lru_cache
 
 from qpkv_runtime.budget import limit_bytes
@@ -201,6 +201,12 @@ class Space:
     def probe(self, allocation: Sequence[Choice]) -> Plan:
         """The plan of an allocation that need not fit, for measuring: its budget is what it weighs."""
         return replace(self, requested=f"{self.bytes(allocation)}B").plan(allocation)
+
+
+def model_section(name: str, shape: ModelShape, dtype: str, storage_dtype: str, **rest: str | None) -> Model:
+    """A plan's `model` section; rest: its revision and hashes, where they are known."""
+    values = {**asdict(shape), "sliding_windows": shape.sliding_windows if any(shape.sliding_windows) else None}
+    return Model.model_validate({"id": name, "dtype": dtype, "storage_dtype": storage_dtype, **values, **rest})
 
 
 def default_reserve(shape: ModelShape, limit: int, format: str, wanted_tokens: int = 64) -> int:

@@ -41,18 +41,34 @@ FACTS = {
              "The badge number of {name} is", "numbers"),
         Fact("number", "The number assigned to {thing} is {value}.", "Which number is assigned to {thing}?",
              "The number assigned to {thing} is", "numbers"),
+        Fact("number", "The invoice of {name} amounts to {value} dollars.",
+             "How many dollars is the invoice of {name}?", "The invoice of {name} amounts to", "numbers"),
+        Fact("number", "The code of {thing} reads {value}.", "What does the code of {thing} read?",
+             "The code of {thing} reads", "numbers"),
         Fact("word", "The favorite color of {person} is {value}.", "What is the favorite color of {person}?",
              "The favorite color of {person} is", "colors"),
+        Fact("word", "{name} keeps a {value} in the office.", "What does {name} keep in the office?",
+             "{name} keeps a", "words"),
+        Fact("word", "The password of {thing} is {value}.", "What is the password of {thing}?",
+             "The password of {thing} is", "words"),
         Fact("place", "{person} lives in {value}.", "Where does {person} live?", "{person} lives in", "places"),
+        Fact("place", "{name} comes from {value} and likes the sea.", "Where does {name} come from?",
+             "{name} comes from", "places"),
     ),
     "validation": (
         Fact("number", "The secret number of {thing} is {value}.", "What is the secret number of {thing}?",
              "The secret number of {thing} is", "numbers"),
         Fact("number", "Remember that {thing} keeps the number {value}.", "Which number does {thing} keep?",
              "The {thing} keeps the number", "numbers"),
+        Fact("number", "The parcel of {name} weighs {value} grams.", "How many grams does the parcel of {name} weigh?",
+             "The parcel of {name} weighs", "numbers"),
         Fact("word", "Note that the access word for {thing} was set to {value}.",
              "What was the access word for {thing} set to?", "The access word for {thing} was set to", "words"),
+        Fact("word", "The nickname of {person} is {value}.", "What is the nickname of {person}?",
+             "The nickname of {person} is", "words"),
         Fact("place", "{person} was born in {value}.", "Where was {person} born?", "{person} was born in", "places"),
+        Fact("place", "{name} moved to {value} last year.", "Where did {name} move to last year?",
+             "{name} moved to", "places"),
     ),
     "test": (
         Fact("number", "The locker number of {name} is {value}.", "What is the locker number of {name}?",
@@ -63,8 +79,11 @@ FACTS = {
              "The secret word of {person} is", "words"),
         Fact("place", "The home of {person} is in {value}.", "Where is the home of {person}?",
              "The home of {person} is in", "places"),
+        Fact("place", "The birthplace of {person} is {value}.", "What is the birthplace of {person}?",
+             "The birthplace of {person} is", "places"),
     ),
 }  # fmt: skip
+KINDS = ("number", "number", "word", "place")  # the facts of one context
 
 WORDS = {
     "search": {
@@ -73,13 +92,14 @@ WORDS = {
         "adjective": "brave quiet silver golden ancient gentle bitter clever",
         "noun": "river castle garden window mirror bridge forest candle",
         "colors": "red blue green yellow",
+        "words": "kettle banjo hammer globe compass basket",
         "places": "Porto Hamburg Boston Dublin Madrid Oslo Vienna Cairo",
     },
     "validation": {
         "first": "Julia Daniel Nora Felix Alice Oscar Emma Victor Irene Hugo",
         "last": "Moreno Fischer Adams Petrov Lopez Baker Jensen Ferrari Miller Duarte",
         "adjective": "dusty eager famous frozen giant happy hidden hollow",
-        "noun": "rocket basket button camera carpet cherry cloud coffee",
+        "noun": "rocket saddle button camera carpet cherry cloud coffee",
         "words": "lemon piano tiger crown ladder pillow",
         "places": "Lisbon Prague Athens Berlin Lima Tokyo Paris Rome",
     },
@@ -170,7 +190,7 @@ def _make_context(
         return list(tokenizer(text, add_special_tokens=False).input_ids)
 
     statements, samples, taken = [], [], set[str]()
-    for fact in FACTS[split]:
+    for fact in _facts(split, chance):
         names = _names(split, fact, taken, chance)
         statements.append(encode(" " + fact.statement.format(**names)))
         answer = encode(" " + names["value"])[:CONTINUATION_TOKENS]
@@ -194,6 +214,14 @@ def _make_context(
         pieces.insert(chance.randrange(len(pieces)), statement)
     text = Sample("text", tuple(tail[:TEXT_PROMPT_TOKENS]), tuple(tail[TEXT_PROMPT_TOKENS:][:CONTINUATION_TOKENS]))
     return Context(tuple(head + [token for piece in pieces for token in piece]), (*samples, text))
+
+
+def _facts(split: str, chance: random.Random) -> list[Fact]:
+    """One fact of each of KINDS, no wording twice."""
+    facts: list[Fact] = []
+    for kind in KINDS:
+        facts.append(chance.choice([fact for fact in FACTS[split] if fact.kind == kind and fact not in facts]))
+    return facts
 
 
 def _document(split: str, index: int, chance: random.Random) -> Iterator[str]:

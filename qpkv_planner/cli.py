@@ -6,9 +6,9 @@ import argparse
 import os
 import sys
 import tempfile
-from importlib.metadata import version
 from pathlib import Path
 
+from qpkv_runtime.cli import CommandParser
 from qpkv_runtime.errors import InputError, run_command
 
 DESCRIPTION = """\
@@ -16,7 +16,6 @@ Search for the plan of a model under a memory budget: how many tokens of its KV 
 many bits. The plan goes to stdout as YAML; progress and results on the way go to stderr."""
 
 EXAMPLES = """\
-examples:
   qpkv-plan --model smollm2 --budget 1/64 > plan.yaml
   qpkv-plan --model smollm2 --budget 1/32 --context-length 1024 --quick --output plan.yaml
   qpkv-plan --model ./my-model --budget 512MiB --context-length 32768 --calibration-length 4096
@@ -26,11 +25,8 @@ budgets, per sequence: 1/64, 0.0156 or 1.6% of the full cache (16 bit, all KV he
 512MiB, 2GB."""
 
 
-def parser() -> argparse.ArgumentParser:
-    out = argparse.ArgumentParser(
-        "qpkv-plan", description=DESCRIPTION, epilog=EXAMPLES, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
-    out.add_argument("--version", action="version", version=f"qpkv {version('qpkv')}")
+def parser() -> CommandParser:
+    out = CommandParser("qpkv-plan", DESCRIPTION, EXAMPLES)
     out.add_argument("--model", required=True, help="smollm2, tiny, an alias, a directory, a .gguf file or a hub id")
     out.add_argument("--budget", required=True, help="1/64, 0.0156, 1.6%%, 512MiB or 2GB, per sequence")
     out.add_argument(

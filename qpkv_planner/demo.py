@@ -36,6 +36,7 @@ from qpkv_runtime.plan import Plan
 
 BUDGET, CONTEXT_TOKENS = "1/32", 1024
 TEST_CONTEXTS = 4
+NUM_QUESTIONS = 3
 
 
 @dataclass(frozen=True)
@@ -85,7 +86,7 @@ def _main(argv: list[str] | None) -> int:
 
     _heading(f"Answers over a document of {len(context.tokens)} tokens")
     print(textwrap.fill(f"... {_text(tokenizer, context.tokens[-150:])}", 110), end="\n\n")
-    for sample in context.samples:
+    for sample in context.samples[:NUM_QUESTIONS]:
         _answers(model, tokenizer, context, sample, contestants)
     print(f"The plan is in {arguments.output}; the demo took {time.monotonic() - started:.0f} s.")
     print(f"Next: qpkv-run --plan {arguments.output} --stats --compare-full")

@@ -11,7 +11,7 @@ from collections.abc import Callable
 from dataclasses import dataclass, replace
 
 from qpkv_planner.allocation import Allocation, Choice, Space
-from qpkv_planner.measurement import Evaluator, Objective
+from qpkv_planner.measurement import Evaluator, Objective, cautious_change
 
 SHARE_PER_PASS = 1 / 3  # of the layers that can still give, how many are halved before costs are measured anew
 
@@ -38,14 +38,13 @@ def eliminate(
     while space.bytes(allocation) > space.limit_bytes:
         part = evaluator.parts[len(passes) % len(evaluator.parts)]
         incumbent = evaluator.incumbent(space, allocation, [part])
-        base = incumbent.losses.mean(objective)
         costs = []
         for layer, choice in enumerate(allocation):
             less = Choice(space.legal_tokens(layer, choice.tokens / 2, format), format)
             saved = space.layer_bytes(layer, choice) - space.layer_bytes(layer, less)
             if saved > 0:
-                loss = evaluator.vary(space, incumbent, layer, less).mean(objective)
-                costs.append(((loss - base) / saved, layer, less))
+                losses = evaluator.vary(space, incumbent, layer, less)
+                costs.append((cautious_change(losses, incumbent.losses, objective) / saved, layer, less))
                 progress()
         costs.sort(key=lambda cost: cost[:2])
         share_before = space.bytes(allocation) / space.limit_bytes
@@ -55,5 +54,5 @@ def eliminate(
             halved.append(layer)
             if space.bytes(allocation) <= space.limit_bytes:
                 break
-        passes.append(Pass(base, share_before, tuple(halved)))
+        passes.append(Pass(incumbent.losses.mean(objective), share_before, tuple(halved)))
     return space.fill(allocation), passes

@@ -1,7 +1,8 @@
 """Trust-region knapsack: small measured changes to every layer, combined exactly under the budget.
 
 At the current allocation each layer's loss is measured with more and with fewer tokens (by a factor, the radius) and
-with a step of key bits and of value bits at equal bytes. The changes that sum to the lowest predicted loss within the
+with a step of key bits and of value bits at equal bytes, each change one standard error worse than its mean: the best
+of many noisy numbers is mostly noise. The changes that sum to the lowest predicted loss within the
 budget are a multiple-choice knapsack, solved exactly (`scipy.optimize.milp`). The sum is only a prediction: the step is
 taken if the true loss falls, else the radius is halved. Sensitivities measured at the full cache mislead, since other
 layers make up for the one that is cut; these are measured where they are used.
@@ -16,7 +17,7 @@ import numpy as np
 from scipy.optimize import Bounds, LinearConstraint, milp
 
 from qpkv_planner.allocation import Allocation, Choice, Space, format_name, format_named
-from qpkv_planner.measurement import Evaluator, Objective
+from qpkv_planner.measurement import Evaluator, Objective, cautious_change
 
 BITS = (2, 3, 4, 8)
 FIRST_RADIUS = 1.5
@@ -51,7 +52,6 @@ def improve(
     for index in range(num_rounds):
         parts = [evaluator.parts[(index + i) % len(evaluator.parts)] for i in range(parts_per_round)]
         incumbent = evaluator.incumbent(space, allocation, parts)
-        base = incumbent.losses.mean(objective)
         before = evaluator.evaluate(space, allocation).mean(objective)
         options: list[dict[Choice, float]] = []
         for layer, choice in enumerate(allocation):
@@ -59,7 +59,8 @@ def improve(
             tries_bits = index == 0 or choice.tokens > WORTH_OTHER_BITS * space.least_tokens(layer, choice.format)
             for other in _alternatives(space, layer, choice, quantizer if tries_bits else None, radius):
                 if other not in changes:
-                    changes[other] = evaluator.vary(space, incumbent, layer, other).mean(objective) - base
+                    losses = evaluator.vary(space, incumbent, layer, other)
+                    changes[other] = cautious_change(losses, incumbent.losses, objective)
                     progress()
             options.append(changes)
         sensitivities = [

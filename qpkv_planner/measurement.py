@@ -58,6 +58,19 @@ class Losses:
         }
 
 
+def cautious_change(losses: Losses, base: Losses, measure: str) -> float:
+    """The change of a loss from `base` on the same samples, plus its standard error.
+
+    A search that picks the best of many noisy changes picks noise; one standard error more, and only changes that the
+    samples agree on look good.
+    """
+    difference = np.asarray(getattr(losses, measure)) - np.asarray(getattr(base, measure))
+    kinds = np.array(losses.kinds)
+    groups = [difference[kinds == kind] for kind in sorted(set(losses.kinds))]
+    variance = sum(group.var() / len(group) for group in groups) / len(groups) ** 2
+    return float(np.mean([group.mean() for group in groups]) + np.sqrt(variance))
+
+
 def interval(losses: Losses, measure: str, minus: Losses | None = None, seed: int = 0) -> Interval:
     """The loss, or its paired difference to `minus` on the same samples, with a 95 % bootstrap over contexts."""
     values = np.asarray(getattr(losses, measure), dtype=np.float64)

@@ -1,8 +1,8 @@
 """From a model and a budget to a plan: calibration, uniform grid, elimination, knapsack, Optuna, validation.
 
 Every stage works on the search split and hands the next one its allocation; the stages' results meet on the
-validation split and the lowest mean cross-entropy there ships, with its paired interval against the best uniform
-setting. What each stage predicted and measured goes into the plan's `calibration.search`.
+validation split and the lowest objective there ships, with the paired interval of its cross-entropy against the best
+uniform setting. What each stage predicted and measured goes into the plan's `calibration.search`.
 """
 
 from __future__ import annotations
@@ -15,7 +15,7 @@ from typing import Any
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from qpkv_planner import search
-from qpkv_planner.allocation import Allocation, Space, format_named
+from qpkv_planner.allocation import Allocation, Space, format_named, model_section
 from qpkv_planner.calibration import Context, Split, make_split
 from qpkv_planner.elimination import eliminate
 from qpkv_planner.grid import FORMATS, QUICK_FORMATS, Setting, make_grid, with_format
@@ -50,7 +50,7 @@ class Effort:
     trials: int
 
 
-QUICK = Effort(9, 8, 3, QUICK_FORMATS, ("snapkv",), (16,), 2.5, 1, 1, 6)
+QUICK = Effort(12, 9, 3, QUICK_FORMATS, ("snapkv",), (16,), 2.5, 1, 2, 6)
 THOROUGH = Effort(18, 24, 3, FORMATS, ("snapkv", "h2o", "knorm", "streamingllm"), (16, 8, 32), 4.0, 5, 2, 24)
 
 
@@ -135,17 +135,8 @@ def describe(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, name: s
     storage_dtype = dtype
     if dtype == "float32":
         storage_dtype = "float16" if largest_number(model, shape, context) < FLOAT16_ROOM else "bfloat16"
-    return Model.model_validate(
-        {
-            "id": name,
-            "revision": getattr(model.config, "_commit_hash", None),
-            "dtype": dtype,
-            "storage_dtype": storage_dtype,
-            **asdict(shape),
-            "sliding_windows": shape.sliding_windows if any(shape.sliding_windows) else None,
-            **asdict(identity),
-        }
-    )
+    revision = getattr(model.config, "_commit_hash", None)
+    return model_section(name, shape, dtype, storage_dtype, revision=revision, **asdict(identity))
 
 
 def _estimated_steps(effort: Effort, num_layers: int) -> int:
@@ -176,7 +167,8 @@ class _Search:
         return self._ship(splits, best_uniform, candidates, slope)
 
     def _search(self, split: Split) -> tuple[Candidate, list[Candidate], float]:
-        """The stages on the search split: the best uniform setting, the finalists, and lambda at the last of them."""
+        """The stages on the search split: the best uniform setting, the finalists (two of them pulled half way
+        back to uniform: few contexts overfit), and lambda at the knapsack's."""
         evaluator, progress = self._prepare(split), self.progress
         best_uniform, start = self._grid(evaluator)
         space = replace(start.space, window=self.space.window, sinks=self.space.sinks)
@@ -217,17 +209,18 @@ class _Search:
         if found:
             best = found[0]
             candidates.append(Candidate("search", best.space, best.allocation))
-            candidates += _geometric_mean(candidates[-2], candidates[-1])
             gain = improved_losses.mean(self.objective) - best.loss
             self.record["optuna"].update(best=best.loss, parameters=best.parameters, gain_on_knapsack=gain)
             progress.say(f"search          {self.objective} {best.loss:.3f} after {len(found)} finished trials")
+        even = Candidate("uniform", space, start.allocation)
+        candidates += [mean for one in candidates[:2] for mean in _geometric_mean(even, one)]
         self.record["search_evaluations"] = evaluator.spent
-        return best_uniform, candidates, self._slope(evaluator, candidates[-1])
+        return best_uniform, candidates, self._slope(evaluator, candidates[1])
 
     def _ship(
         self, splits: dict[str, Split], best_uniform: Candidate, candidates: list[Candidate], slope: float
     ) -> Plan:
-        """The finalists on the validation split; the plan of the lowest cross-entropy there."""
+        """The finalists on the validation split; the plan of the lowest objective there."""
         evaluator, progress = self._prepare(splits["validation"]), self.progress
         progress.stage("finalists")
         finals = []
@@ -237,7 +230,7 @@ class _Search:
             self._say(f"  {candidate.stage}", losses)
             progress.step(2)
         full, uniform = evaluator.full(), finals[0][1]
-        winner, losses = min(finals, key=lambda final: final[1].mean("ce"))
+        winner, losses = min(finals, key=lambda final: final[1].mean(self.objective))
         self.record["finalists"] = [{"stage": c.stage, **_means(loss)} for c, loss in finals]
         gain = interval(losses, "ce", minus=uniform)
         progress.say(
@@ -334,10 +327,10 @@ class _Search:
 
 
 def _geometric_mean(one: Candidate, two: Candidate) -> list[Candidate]:
-    """Between two candidates: their tokens' geometric mean in the second one's formats, if it fits."""
+    """Half way from one to two: their tokens' geometric mean in the second one's formats, if it fits."""
     weights = [math.sqrt(a.tokens * b.tokens) for a, b in zip(one.allocation, two.allocation, strict=True)]
     allocation = two.space.project(weights, [choice.format for choice in two.allocation])
-    return [] if allocation is None else [Candidate("mean", two.space, allocation)]
+    return [] if allocation is None else [Candidate(f"half {two.stage}", two.space, allocation)]
 
 
 def _means(losses: Losses) -> dict[str, float]:

@@ -4,13 +4,13 @@ from __future__ import annotations
 
 import re
 
-from qpkv_planner.allocation import Space, format_name
+from qpkv_planner.allocation import Space, format_name, model_section
 from qpkv_planner.grid import make_setting
 from qpkv_runtime.errors import BudgetError, InputError
 from qpkv_runtime.methods import QUANTIZERS, SCORERS
 from qpkv_runtime.models.aliases import KNOWN_MODELS
 from qpkv_runtime.models.shape import ModelShape
-from qpkv_runtime.plan import Decode, Model, Plan, Scorer
+from qpkv_runtime.plan import Decode, Plan, Scorer
 
 DEFAULT_CONTEXT_TOKENS = 2048
 
@@ -37,18 +37,7 @@ def uniform_plan(
     if tokens > shape.max_context_tokens:
         raise InputError(f"the context length must be at most the model's {shape.max_context_tokens}, got {tokens}")
     space = Space(
-        model=Model(
-            id=model,
-            model_type=shape.model_type,
-            num_layers=shape.num_layers,
-            num_query_heads=shape.num_query_heads,
-            num_kv_heads=shape.num_kv_heads,
-            head_size=shape.head_size,
-            max_context_tokens=shape.max_context_tokens,
-            sliding_windows=shape.sliding_windows if any(shape.sliding_windows) else None,
-            dtype="bfloat16",
-            storage_dtype="bfloat16",
-        ),
+        model=model_section(model, shape, "bfloat16", "bfloat16"),
         requested=budget,
         context_tokens=tokens,
         scorer=Scorer(name=scorer),

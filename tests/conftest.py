@@ -11,12 +11,13 @@ from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedModel
 
 import qpkv_runtime.attention  # noqa: F401  (registers the attention function "qpkv")
 from qpkv_planner.allocation import Choice, Space
+from qpkv_planner.allocation import model_section as section_of
 from qpkv_runtime.errors import BudgetError
 from qpkv_runtime.models import model_shape
 from qpkv_runtime.models.resolve import SMOLLM2_PACKAGE
 from qpkv_runtime.plan import Decode, Model, Plan, Scorer
 
-torch.set_num_threads(2)
+torch.set_num_threads(1)  # small models: a second thread costs more in waiting than it brings
 
 BASE = {
     "vocab_size": 128,
@@ -81,18 +82,7 @@ def model_section(model: PreTrainedModel) -> Model:
     """The plan's `model` for a random model: its shape, no hashes."""
     shape = model_shape(model)
     dtype = str(model.dtype).removeprefix("torch.")
-    return Model(
-        id="random",
-        model_type=shape.model_type,
-        num_layers=shape.num_layers,
-        num_query_heads=shape.num_query_heads,
-        num_kv_heads=shape.num_kv_heads,
-        head_size=shape.head_size,
-        max_context_tokens=shape.max_context_tokens,
-        sliding_windows=shape.sliding_windows if any(shape.sliding_windows) else None,
-        dtype=dtype,
-        storage_dtype="float16" if dtype == "float32" else dtype,
-    )
+    return section_of("random", shape, dtype, "float16" if dtype == "float32" else dtype)
 
 
 def make_space(model: PreTrainedModel, budget: str = "1/4", **changes: object) -> Space:

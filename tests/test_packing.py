@@ -185,8 +185,15 @@ def test_hadamard_is_bitwise_the_same_in_any_batch(head_size):
 
 
 @pytest.mark.parametrize("transform", [hadamard, hadamard_product])
-def test_hadamard_leaves_its_input_alone(transform):
-    x = torch.randn(3, 80, generator=torch.Generator().manual_seed(3))
+@pytest.mark.parametrize("layout", ["one token", "channels first", "a batch"])
+def test_hadamard_leaves_its_input_alone(transform, layout):
+    """One token and channels-first memory are where a layout change copies nothing."""
+    generator = torch.Generator().manual_seed(3)
+    x = {
+        "one token": torch.randn(80, generator=generator),
+        "channels first": torch.randn(80, 3, generator=generator).t(),
+        "a batch": torch.randn(2, 3, 80, generator=generator),
+    }[layout]
     before = x.clone()
     y = transform(x)
     assert torch.equal(x, before) and y.data_ptr() != x.data_ptr()

@@ -19,7 +19,8 @@ def hadamard(x: Tensor) -> Tensor:
     """x: float [..., D] -> a new tensor of the same shape."""
     head_size = x.shape[-1]
     block = _block(head_size)
-    y = x.reshape(-1, head_size).t().contiguous()  # channels first: every step is then long runs of memory
+    # channels first: every step is then long runs of memory; a copy in any case
+    y = x.reshape(-1, head_size).t().clone(memory_format=torch.contiguous_format)
     step = 1
     while step < block:
         low, high = y.view(-1, 2, step, y.shape[1]).unbind(1)
