@@ -12,6 +12,8 @@ from collections.abc import Sequence
 from dataclasses import asdict, dataclass, field, replace
 from functools import cached_property, lru_cache
 
+from pydantic import ValidationError
+
 from qpkv_runtime.budget import limit_bytes
 from qpkv_runtime.errors import BudgetError, InputError
 from qpkv_runtime.ledger import Holdings, align, full_bytes, layer_bytes, quantum_tokens
@@ -46,7 +48,11 @@ def format_named(name: str) -> Format:
     keys, values = (
         {"quantizer": match[1] if int(bits) < 16 else "16bit", "bits": int(bits)} for bits in (match[2], match[3])
     )
-    return Format(keys=TensorFormat.model_validate(keys), values=TensorFormat.model_validate(values))
+    try:
+        return Format(keys=TensorFormat.model_validate(keys), values=TensorFormat.model_validate(values))
+    except ValidationError as error:
+        message = error.errors()[0]["msg"].removeprefix("Value error, ")
+        raise InputError(f"no such format as {name!r}: {message}") from None
 
 
 @dataclass(frozen=True)
@@ -131,10 +137,13 @@ class Space:
         """Raise BudgetError, naming the smallest possible, unless some plan in these formats fits."""
         least = self.least_bytes(formats)
         if least > self.limit_bytes:
+            share = (
+                f" (1/{self.full_bytes // least} of {self.context_tokens} tokens)" if least <= self.full_bytes else ""
+            )
             raise BudgetError(
                 f"a budget must hold sinks + window ({self.sinks} + {self.window} tokens per layer) and the reserve "
-                f"({self.decode.reserve_tokens} tokens): at least {least}B (1/{self.full_bytes // least} of "
-                f"{self.context_tokens} tokens), got {self.requested} = {self.limit_bytes}B"
+                f"({self.decode.reserve_tokens} tokens): at least {least}B{share}, "
+                f"got {self.requested} = {self.limit_bytes}B"
             )
 
     def fill(self, allocation: Sequence[Choice]) -> Allocation:
@@ -238,14 +247,15 @@ def uniform(space: Space, format: str) -> Allocation | None:
 
 def pyramidkv(space: Space, format: str, beta: int = 20) -> Allocation | None:
     """Budgets that fall linearly with depth (arXiv 2406.02069): mean b tokens, last layer b // beta, first layer twice
-    the mean less that. Differs from the paper: lands on the exact budget, which its floor division overshoots."""
+    the mean less that; flatter where the first layer would hold more than the context. Differs from the paper: lands
+    on the exact budget, which its floor division overshoots."""
     even = uniform(space, format)
     if even is None:
         return None
     num_layers = space.shape.num_layers
     mean = sum(choice.tokens for choice in even) / num_layers - space.window
-    last = mean // beta
-    first, steps = 2 * mean - last, max(1, num_layers - 1)
+    first = min(2 * mean - mean // beta, space.context_tokens - space.window)
+    last, steps = 2 * mean - first, max(1, num_layers - 1)
     weights = [first + (last - first) * layer / steps for layer in range(num_layers)]
     return space.project(weights, [format] * num_layers, floor=space.window)
 

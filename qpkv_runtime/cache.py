@@ -104,16 +104,18 @@ class PlannedLayer(CacheLayerMixin):
         layer, num_rows, num_tokens = self.layout.layer, key.shape[0], key.shape[2]
         num_padding = num_padding or [0] * num_rows
         out = causal_attention(query, key, value, num_padding, scaling, self.sliding_window, softcap)
-        observation = observe(
-            Scoring.of(self.plan.scorer, self.plan.sinks, self.plan.window),
-            Prefill(layer, query, key, num_padding, scaling, softcap, self.sliding_window, self.plan.window),
-        )
-        keys, values = (
-            to_storage(self.plan.model.storage_dtype, layer, name, x) for name, x in (("key", key), ("value", value))
-        )
-        selections = select(rank(observation.importance), [tier.tokens for tier in self.plan.layers[layer].tiers])
-        tiers = [gather(selection, keys, values, num_padding) for selection in selections]
-        write_block(self.rows.block(layer, num_rows), self.layout, tiers, observation.query_moment)
+        with torch.no_grad():
+            observation = observe(
+                Scoring.of(self.plan.scorer, self.plan.sinks, self.plan.window),
+                Prefill(layer, query, key, num_padding, scaling, softcap, self.sliding_window, self.plan.window),
+            )
+            keys, values = (
+                to_storage(self.plan.model.storage_dtype, layer, name, x)
+                for name, x in (("key", key), ("value", value))
+            )
+            selections = select(rank(observation.importance), [tier.tokens for tier in self.plan.layers[layer].tiers])
+            tiers = [gather(selection, keys, values, num_padding) for selection in selections]
+            write_block(self.rows.block(layer, num_rows), self.layout, tiers, observation.query_moment)
         self.prompt_tokens = [num_tokens - padding for padding in num_padding]
         if layer == 0 and max(self.prompt_tokens) > self.plan.budget.context_tokens:
             warnings.warn(

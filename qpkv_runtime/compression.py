@@ -146,10 +146,9 @@ def to_storage(storage_dtype: str, layer: int, name: str, x: Tensor) -> Tensor:
     """x in the plan's 16-bit type. Raises NumericsError naming layer and tensor when it is not finite there."""
     stored = x.to(STORAGE_DTYPES[storage_dtype])
     if not bool(stored.isfinite().all()):
-        problem = (
-            "overflows float16; plan with storage_dtype bfloat16" if bool(x.isfinite().all()) else "has NaN or Inf"
-        )
-        raise NumericsError(f"layer {layer}: {name} must be finite to be stored, but {problem}")
+        problem = f"overflows {storage_dtype}" if bool(x.isfinite().all()) else "has NaN or Inf"
+        advice = "; plan with storage_dtype bfloat16" if storage_dtype == "float16" and "overflows" in problem else ""
+        raise NumericsError(f"layer {layer}: {name} must be finite to be stored, but {problem}{advice}")
     return stored
 
 

@@ -71,6 +71,7 @@ class PackedLayer:
         ]
         return torch.stack(rows).view(dtype)
 
+    @torch.no_grad()
     def attend(
         self,
         query: Tensor,

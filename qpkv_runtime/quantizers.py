@@ -20,6 +20,7 @@ from qpkv_kernels.hadamard import hadamard, hadamard_product
 from qpkv_runtime.plan import TensorFormat
 
 NUMBER = torch.float16  # the type of every stored scale, zero, mean and balancer
+LARGEST_NUMBER = 65504.0  # where it saturates: only a plan in bfloat16 can hold keys or values beyond it
 
 
 @dataclass(frozen=True)
@@ -50,8 +51,8 @@ def _affine_encode(groups: Tensor, member: Tensor, bits: int) -> tuple[Tensor, T
     low = groups.masked_fill(~member, float("inf")).amin(-1)
     high = groups.masked_fill(~member, float("-inf")).amax(-1)
     is_empty = low > high
-    zero = low.masked_fill(is_empty, 0).to(NUMBER)
-    scale = ((high - low).masked_fill(is_empty, 0) / (2**bits - 1)).to(NUMBER)
+    zero = low.masked_fill(is_empty, 0).clamp_(-LARGEST_NUMBER, LARGEST_NUMBER).to(NUMBER)
+    scale = ((high - low).masked_fill(is_empty, 0) / (2**bits - 1)).clamp_(max=LARGEST_NUMBER).to(NUMBER)
     divisor = scale.float().masked_fill(scale == 0, 1)[..., None]
     codes = ((groups - zero.float()[..., None]) / divisor).round_().clamp_(0, 2**bits - 1)
     codes = codes.masked_fill_((scale == 0)[..., None] | ~member, 0)
@@ -132,7 +133,7 @@ class Rotated:
         Sums run in float64, so that the result does not depend on how a batch is laid out.
         """
         count = valid.sum(-1)[..., None].clamp(min=1)
-        mean = (keys.sum(-2, dtype=torch.float64) / count).to(NUMBER)
+        mean = (keys.sum(-2, dtype=torch.float64) / count).clamp_(-LARGEST_NUMBER, LARGEST_NUMBER).to(NUMBER)
         centred = (keys.float() - mean.float()[..., None, :]).masked_fill(~valid[..., None], 0)
         key_moment = centred.square_().sum(-2, dtype=torch.float64) / count
         gamma = ((query_moment.double() + 1e-6) / (key_moment + 1e-6)).pow(0.25)
@@ -146,13 +147,13 @@ class Rotated:
             x = ((x - mean) * gamma).masked_fill(~valid[..., None], 0)
         x = hadamard(x)
         half = 2 ** (format.bits - 1)
-        largest = x.abs().amax(-1, keepdim=True)
+        largest, energy = x.abs().amax(-1, keepdim=True), x.square().sum(-1, keepdim=True)
         best_scale = best_error = None
         for clip in CLIPS[format.bits]:
-            scale = (largest * (clip / half)).to(NUMBER)
+            scale = (largest * (clip / half)).clamp_(max=LARGEST_NUMBER).to(NUMBER)
             exact = _in_steps(x, scale)
             error = (exact.round().clamp_(-half, half - 1) - exact).square_().sum(-1, keepdim=True)
-            error *= scale.float().square()
+            error = torch.where(scale == 0, energy, error * scale.float().square())
             if best_scale is None or best_error is None:
                 best_scale, best_error = scale, error
             else:
@@ -163,7 +164,7 @@ class Rotated:
         return Encoded(codes.add_(half).to(torch.uint8), best_scale.flatten(2))
 
     def decode(self, encoded: Encoded, format: TensorFormat, vectors: Tensor | None) -> Tensor:
-        midpoints = (encoded.codes + (0.5 - 2 ** (format.bits - 1))).mul_(encoded.scales.float()[..., None])
+        midpoints = encoded.codes.float().add_(0.5 - 2 ** (format.bits - 1)).mul_(encoded.scales.float()[..., None])
         x = hadamard_product(midpoints)
         if vectors is not None:
             mean, gamma = vectors.float()[..., None, :, :].unbind(-2)

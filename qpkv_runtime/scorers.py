@@ -130,7 +130,7 @@ class Random:
     def score(self, prefill: Prefill, parameters: Mapping[str, ParameterValue]) -> Tensor:
         heads = torch.arange(prefill.key.shape[1], device=prefill.key.device)[:, None]
         mixed = prefill.positions * 0x9E3779B1 + heads * 0x85EBCA77 + prefill.layer * 0xC2B2AE3D
-        mixed = (mixed + int(parameters["seed"]) * 0x27D4EB2F) & 0xFFFFFFFF
+        mixed = (mixed + (int(parameters["seed"]) * 0x27D4EB2F & 0xFFFFFFFF)) & 0xFFFFFFFF
         for multiplier in (0x85EBCA6B, 0xC2B2AE35):  # murmur3's finalizer: every bit depends on every bit
             mixed = ((mixed ^ (mixed >> 16)) * multiplier) & 0xFFFFFFFF
         return (mixed ^ (mixed >> 16)).float() / 2**32

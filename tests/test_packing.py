@@ -207,12 +207,6 @@ def test_hadamard_leaves_the_channels_after_the_last_block_in_their_own_block():
     assert y[16:32].abs().min() > 0 and y[:16].abs().max() == 0 and y[32:].abs().max() == 0
 
 
-@pytest.mark.xfail(
-    strict=True,
-    raises=RuntimeError,
-    reason="hadamard writes in place into views of unbind, which autograd refuses: `model(ids, past_key_values=cache)` "
-    "outside torch.no_grad() crashes under any plan with rotated keys or values",
-)
 def test_hadamard_takes_tensors_that_require_a_gradient():
     x = torch.randn(3, 64, generator=torch.Generator().manual_seed(4))
     assert torch.equal(hadamard(x.clone().requires_grad_()).detach(), hadamard(x))

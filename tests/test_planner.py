@@ -118,8 +118,9 @@ def test_cached_prefill_gives_bitwise_the_kept_tokens_and_codes_of_a_fresh_one(t
         for index in (0, 1, 2):  # parts of one context each, in this order
             run = _ContextRun(model, space.shape, search_split.contexts[index])
             for sample in range(len(search_split.contexts[index].samples)):
-                if prepared.contexts[row] != index:
-                    continue
+                target = prepared.targets[min(row, len(prepared) - 1), : prepared.lengths[min(row, len(prepared) - 1)]]
+                if tuple(target.tolist()) != search_split.contexts[index].samples[sample].continuation:
+                    continue  # left out: the full cache cannot answer it
                 fresh = PlannedCache(plan, [torch.device("cpu")] * space.shape.num_layers)
                 scoring = Scoring.of(scored.scorer, space.sinks, space.window)
                 for layer, cached in enumerate(fresh.layers):

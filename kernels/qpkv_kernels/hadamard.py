@@ -15,6 +15,7 @@ import torch
 from torch import Tensor
 
 
+@torch.no_grad()
 def hadamard(x: Tensor) -> Tensor:
     """x: float [..., D] -> a new tensor of the same shape."""
     head_size = x.shape[-1]
@@ -33,7 +34,8 @@ def hadamard(x: Tensor) -> Tensor:
 
 def hadamard_product(x: Tensor) -> Tensor:
     """x: float [..., D] -> a new tensor of the same shape."""
-    return x @ _matrix(x.shape[-1], x.dtype, x.device)
+    with torch.autocast(x.device.type, enabled=False):  # in x's own type, whatever the model runs in
+        return x @ _matrix(x.shape[-1], x.dtype, x.device)
 
 
 def _block(head_size: int) -> int:
