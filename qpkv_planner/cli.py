@@ -57,7 +57,7 @@ def parser() -> CommandParser:
     )
     out.add_argument("--sinks", type=int, default=4, help="first tokens that every layer keeps (default 4)")
     out.add_argument("--window", type=int, default=16, help="last tokens that every layer keeps (default 16)")
-    out.add_argument("--trials", type=int, help="Optuna trials (default 24, with --quick 6)")
+    out.add_argument("--trials", type=int, help="Optuna trials (default 24, with --quick 10)")
     out.add_argument("--seed", type=int, default=0, help="of the calibration data and the search (default 0)")
     out.add_argument(
         "--dtype", default="auto", help="float32, float16 or bfloat16 (default: what the machine does best)"

@@ -50,7 +50,7 @@ class Effort:
     trials: int
 
 
-QUICK = Effort(12, 9, 3, QUICK_FORMATS, ("snapkv",), (16,), 2.5, 1, 2, 6)
+QUICK = Effort(12, 9, 3, QUICK_FORMATS, ("snapkv",), (16,), 2.5, 1, 2, 10)
 THOROUGH = Effort(18, 24, 3, FORMATS, ("snapkv", "h2o", "knorm", "streamingllm"), (16, 8, 32), 4.0, 5, 2, 24)
 
 

@@ -18,7 +18,7 @@ from qpkv_planner.allocation import Allocation, Space, format_name, format_named
 from qpkv_planner.knapsack import next_bits
 from qpkv_planner.measurement import Evaluator, Objective
 
-CLEARLY_BEHIND = 1.1  # a first part's loss above this multiple of the best trial's there ends the trial
+CLEARLY_BEHIND = 1.2  # a first part's loss above this multiple of the best trial's there ends the trial
 
 
 @dataclass(frozen=True)
