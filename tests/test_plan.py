@@ -165,7 +165,7 @@ SPACE = Space(
 )
 BASE = SPACE.plan([Choice(96, "rotated-k4v2")] * TINY.num_layers)  # changed in one place by each case below
 KIVI = {"keys": {"quantizer": "kivi", "bits": 4}, "values": {"quantizer": "kivi", "bits": 4}}
-DELETE = object()
+DELETE = "<left out>"  # not a value that any case sets
 
 CASES: list[tuple[str, object, str]] = [
     ("surprise", 1, "surprise: unknown key"),
