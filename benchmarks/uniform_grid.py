@@ -41,6 +41,7 @@ def main() -> int:
     parser.add_argument("--budgets", nargs="+", default=["1/16", "1/64"])
     parser.add_argument("--contexts", type=int, default=24)
     parser.add_argument("--plans", nargs="*", type=Path, default=[], help="plans for the same model to add as rows")
+    parser.add_argument("--scorers", nargs="+", default=["snapkv", "knorm", "streamingllm"], help="h2o takes long")
     parser.add_argument("--quick", action="store_true")
     parser.add_argument("--output", type=Path, help="default: benchmarks/results/uniform_grid_<model>.csv")
     arguments = parser.parse_args()
@@ -50,7 +51,7 @@ def main() -> int:
     model, tokenizer = load_model(arguments.model)
     split = make_split(tokenizer, "validation", arguments.contexts, arguments.context_length, seed=0)
     section = describe(model, tokenizer, arguments.model, split.contexts[0])
-    scorers = ("snapkv",) if arguments.quick else ("snapkv", "h2o", "knorm", "streamingllm", "random")
+    scorers = ["snapkv"] if arguments.quick else arguments.scorers
     formats = QUICK_FORMATS if arguments.quick else FORMATS
     plans = [load_plan(path) for path in arguments.plans]
     settings = []

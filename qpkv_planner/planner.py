@@ -51,7 +51,7 @@ class Effort:
 
 
 QUICK = Effort(12, 9, 3, QUICK_FORMATS, ("snapkv",), (16,), 2.5, 1, 2, 10)
-THOROUGH = Effort(18, 24, 3, FORMATS, ("snapkv", "h2o", "knorm", "streamingllm"), (16, 8, 32), 4.0, 5, 2, 24)
+THOROUGH = Effort(18, 24, 3, FORMATS, ("snapkv", "knorm", "streamingllm"), (16, 8, 32), 4.0, 4, 2, 24)
 
 
 @dataclass(frozen=True)

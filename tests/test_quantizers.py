@@ -355,6 +355,20 @@ def test_what_bfloat16_can_hold_is_stored_finite_or_refused(name):
     assert bool(decode(format, "value", encoded, None).isfinite().all())
 
 
+@pytest.mark.xfail(
+    strict=True,
+    reason="float16 scales and zeros saturate in silence: the 4-bit noise of values around 1e6 is 0.43 to 0.55 of the "
+    "signal (0.01 is normal), of flexgen and kivi already 0.16 around 1e5, also at 8 bit",
+)
+@pytest.mark.parametrize("name", ["flexgen", "kivi", "rotated"])
+def test_what_bfloat16_can_hold_is_stored_with_the_usual_noise_or_refused(name):
+    try:
+        got = nmse(write("value", tensor_format(name, 4), gaussian(1, 2, 10, 128, storage="bfloat16") * 1e6))
+    except NumericsError:
+        return
+    assert got < 0.02
+
+
 def test_decoding_is_float32_whatever_torchs_default_type_is():
     x, format = gaussian(1, 2, 10, 64), tensor_format("rotated", 4)
     expected = write("value", format, x).decoded
@@ -610,7 +624,11 @@ def test_attention_over_a_packed_layer_is_attention_over_its_dequantized_tokens(
 
 
 def read_back(format: Format, side: str, x: Tensor, valid: Tensor, vectors: Tensor | None) -> Tensor:
-    return decode(format, side, encode(format, side, x, valid, vectors), vectors)
+    """Straight through the registries: head vectors are the keys' alone, and of the quantizers that need them."""
+    written = format.keys if side == "key" else format.values
+    own = vectors if side == "key" and QUANTIZERS[written.quantizer].head_vectors else None
+    quantizer = SIDES[side][written.quantizer]
+    return quantizer.decode(quantizer.encode(x, valid, written, own), written, own)
 
 
 @pytest.mark.parametrize("name", formats_to_attend())
