@@ -19,7 +19,7 @@ from pathlib import Path
 
 import torch
 
-from qpkv_planner.allocation import Choice, Space
+from qpkv_planner.allocation import Space, allocation_of
 from qpkv_planner.calibration import make_split
 from qpkv_planner.grid import FORMATS, QUICK_FORMATS, make_grid
 from qpkv_planner.measurement import Evaluator, Losses, interval
@@ -28,7 +28,7 @@ from qpkv_planner.prefill import prepare
 from qpkv_runtime.compression import Scoring
 from qpkv_runtime.models import load_model
 from qpkv_runtime.overview import table
-from qpkv_runtime.plan import Decode, Plan, Scorer, load_plan
+from qpkv_runtime.plan import Decode, Scorer, load_plan
 
 KINDS = ("number", "word", "place", "text")
 RESULTS = Path(__file__).parent / "results"
@@ -62,7 +62,7 @@ def main() -> int:
         )  # fmt: skip
         grid = make_grid(space, scorers, formats, None)
         settings += [(budget, setting.name, setting.space, setting.allocation) for setting in grid]
-    settings += [(plan.budget.requested, "plan", Space.of_plan(plan), _allocation(plan)) for plan in plans]
+    settings += [(plan.budget.requested, "plan", Space.of_plan(plan), allocation_of(plan)) for plan in plans]
     scorings = dict.fromkeys(Scoring.of(s.scorer, s.sinks, s.window) for *_, s, _ in settings)
     prepared = prepare(model, section.shape, section.storage_dtype, split, list(scorings), 3, lambda: None)
     evaluator = Evaluator(model, prepared)
@@ -93,10 +93,6 @@ def main() -> int:
     print("\n".join(table([shown, *([str(row[key]) for key in shown] for row in rows)], left={0, 1})))
     print(f"\n{path}: " + ", ".join(f"{key} {value}" for key, value in where.items()))
     return 0
-
-
-def _allocation(plan: Plan) -> tuple[Choice, ...]:
-    return tuple(Choice(layer.tokens, layer.tiers[0].format) for layer in plan.layers)
 
 
 def _row(budget: str, name: str, tokens: str, num_bytes: int, losses: Losses, full: Losses) -> dict[str, str]:

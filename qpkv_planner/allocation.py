@@ -20,6 +20,8 @@ from qpkv_runtime.ledger import Holdings, align, full_bytes, layer_bytes, quantu
 from qpkv_runtime.models.shape import ModelShape
 from qpkv_runtime.plan import Budget, Calibration, Decode, Format, Layer, Model, Plan, Scorer, TensorFormat, Tier
 
+DEFAULT_CONTEXT_TOKENS = 2048  # what a ratio refers to, where neither the user nor a shorter model says otherwise
+
 
 @dataclass(frozen=True)
 class Choice:
@@ -210,6 +212,11 @@ class Space:
     def probe(self, allocation: Sequence[Choice]) -> Plan:
         """The plan of an allocation that need not fit, for measuring: its budget is what it weighs."""
         return replace(self, requested=f"{self.bytes(allocation)}B").plan(allocation)
+
+
+def allocation_of(plan: Plan) -> Allocation:
+    """The allocation of a plan whose layers have one tier each."""
+    return tuple(Choice(layer.tokens, layer.tiers[0].format) for layer in plan.layers)
 
 
 def model_section(name: str, shape: ModelShape, dtype: str, storage_dtype: str, **rest: str | None) -> Model:

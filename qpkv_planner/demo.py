@@ -19,7 +19,7 @@ import torch
 from transformers import DynamicCache, PreTrainedModel, PreTrainedTokenizerBase
 from transformers.cache_utils import Cache
 
-from qpkv_planner.allocation import Choice, Space
+from qpkv_planner.allocation import Space, allocation_of
 from qpkv_planner.calibration import Context, Sample, Split, make_split
 from qpkv_planner.cli import write_whole
 from qpkv_planner.grid import setting_named
@@ -113,8 +113,8 @@ def _measure(model: PreTrainedModel, plan: Plan, split: Split, progress: Progres
     evaluator = Evaluator(model, prepared)
     contestants = [Contestant("full cache", None, evaluator.full())]
     for name, contestant in plans.items():
-        allocation = tuple(Choice(layer.tokens, layer.tiers[0].format) for layer in contestant.layers)
-        contestants.append(Contestant(name, contestant, evaluator.evaluate(Space.of_plan(contestant), allocation)))
+        losses = evaluator.evaluate(Space.of_plan(contestant), allocation_of(contestant))
+        contestants.append(Contestant(name, contestant, losses))
         progress.step()
     return contestants
 

@@ -21,9 +21,7 @@ from qpkv_planner.measurement import Evaluator, Objective, cautious_change
 
 BITS = (2, 3, 4, 8)
 FIRST_RADIUS = 1.5
-WORTH_OTHER_BITS = (
-    1.5  # after the first round, only layers with this many times the least tokens are tried at other bits
-)
+WORTH_OTHER_BITS = 1.5  # times the least tokens: from the second round on, smaller layers keep their bits
 
 
 @dataclass(frozen=True)
@@ -49,10 +47,10 @@ def improve(
     other ones than the last, and its outcome on all."""
     allocation, radius, rounds = start, FIRST_RADIUS, list[Round]()
     sensitivities = [1.0] * space.shape.num_layers
+    loss = evaluator.evaluate(space, start).mean(objective)
     for index in range(num_rounds):
         parts = [evaluator.parts[(index + i) % len(evaluator.parts)] for i in range(parts_per_round)]
         incumbent = evaluator.incumbent(space, allocation, parts)
-        before = evaluator.evaluate(space, allocation).mean(objective)
         options: list[dict[Choice, float]] = []
         for layer, choice in enumerate(allocation):
             changes = {choice: 0.0}
@@ -70,9 +68,9 @@ def improve(
         chosen, predicted_change = _solve(space, options)
         candidate = space.fill(chosen)
         measured = evaluator.evaluate(space, candidate).mean(objective)
-        rounds.append(Round(radius, before, before + predicted_change, measured))
+        rounds.append(Round(radius, loss, loss + predicted_change, measured))
         if rounds[-1].is_accepted:
-            allocation = candidate
+            allocation, loss = candidate, measured
         else:
             radius = 1 + (radius - 1) / 2
     return allocation, rounds, sensitivities

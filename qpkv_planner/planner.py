@@ -15,7 +15,7 @@ from typing import Any
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from qpkv_planner import search
-from qpkv_planner.allocation import Allocation, Space, format_named, model_section
+from qpkv_planner.allocation import DEFAULT_CONTEXT_TOKENS, Allocation, Space, format_named, model_section
 from qpkv_planner.calibration import Context, Split, make_split
 from qpkv_planner.elimination import eliminate
 from qpkv_planner.grid import FORMATS, QUICK_FORMATS, Setting, make_grid, with_format
@@ -29,7 +29,6 @@ from qpkv_runtime.errors import InputError, UnsupportedModelError
 from qpkv_runtime.models import model_identity, model_shape
 from qpkv_runtime.plan import Calibration, Comparison, Decode, Model, Plan, Scorer
 
-DEFAULT_CONTEXT_TOKENS = 2048
 QUICK_CONTEXT_TOKENS = 1024
 FLOAT16_ROOM = 2.0**15  # a larger key or value in calibration and float16 could overflow on other text
 
@@ -116,14 +115,12 @@ def plan(
         window=window,
         decode=Decode.model_validate({"reserve_tokens": 1, "format": "rotated-k4v4", "then": then}),
     )
-    for format in effort.formats:
-        if format != "16bit":
-            with_format(space, format, max_new_tokens).check_holds(effort.formats[1:])
-            break
+    low_bit = [format for format in effort.formats if format != "16bit"]
+    with_format(space, low_bit[0], max_new_tokens).check_holds(low_bit)
     grid = make_grid(space, effort.scorers, effort.formats, max_new_tokens)
     progress = Progress(_estimated_steps(effort, shape.num_layers), quiet)
     try:
-        return _Search(model, space, grid, effort, objective, seed, progress, max_new_tokens).run(splits)
+        return _Search(model, space, grid, effort, objective, seed, progress).run(splits)
     finally:
         progress.close()
 
@@ -151,10 +148,10 @@ class _Search:
 
     def __init__(
         self, model: PreTrainedModel, space: Space, grid: list[Setting], effort: Effort, objective: Objective,
-        seed: int, progress: Progress, max_new_tokens: int | None,
+        seed: int, progress: Progress,
     ) -> None:  # fmt: skip
         self.model, self.space, self.grid, self.effort = model, space, grid, effort
-        self.objective, self.seed, self.progress, self.max_new_tokens = objective, seed, progress, max_new_tokens
+        self.objective, self.seed, self.progress = objective, seed, progress
         self.record: dict[str, Any] = {}
 
     def run(self, splits: dict[str, Split]) -> Plan:
@@ -171,8 +168,7 @@ class _Search:
         back to uniform: few contexts overfit), and lambda at the knapsack's."""
         evaluator, progress = self._prepare(split), self.progress
         best_uniform, start = self._grid(evaluator)
-        space = replace(start.space, window=self.space.window, sinks=self.space.sinks)
-        quantizer = format_named(start.format).keys.quantizer
+        space, quantizer = start.space, format_named(start.format).keys.quantizer
 
         progress.stage("elimination")
         eliminated, passes = eliminate(
@@ -215,7 +211,7 @@ class _Search:
         even = Candidate("uniform", space, start.allocation)
         candidates += [mean for one in candidates[:2] for mean in _geometric_mean(even, one)]
         self.record["search_evaluations"] = evaluator.spent
-        return best_uniform, candidates, self._slope(evaluator, candidates[1])
+        return best_uniform, candidates, self._slope(evaluator, candidates[1], improved_losses)
 
     def _ship(
         self, splits: dict[str, Split], best_uniform: Candidate, candidates: list[Candidate], slope: float
@@ -260,10 +256,8 @@ class _Search:
         """Prefill a split under every scoring that may be asked for."""
         self.progress.stage(f"prefill {split.name}"[:13])
         scorings = [Scoring.of(s.space.scorer, s.space.sinks, s.space.window) for s in self.grid]
-        for scorer in self.effort.scorers:
-            same = next((s.space.scorer for s in self.grid if s.space.scorer.name == scorer), None)
-            windows = self.effort.windows if scorer == self.effort.scorers[0] else ()
-            scorings += [Scoring.of(same, self.space.sinks, window) for window in windows if same is not None]
+        for scorer in self.effort.scorers:  # the search may start from any of them and try any window
+            scorings += [Scoring.of(Scorer(name=scorer), self.space.sinks, window) for window in self.effort.windows]
         prepared = prepare(
             self.model,
             self.space.shape,
@@ -309,9 +303,12 @@ class _Search:
         start = min(whole, key=lambda row: row[1].mean(self.objective))[0]
         return Candidate(best.name, best.space, best.allocation), start
 
-    def _slope(self, evaluator: Evaluator, candidate: Candidate) -> float:
-        """lambda = -dD/dR: nats that a tenth more budget saves, per MiB, all layers growing alike."""
-        here = evaluator.evaluate(candidate.space, candidate.allocation).mean(self.objective)
+    def _slope(self, evaluator: Evaluator, candidate: Candidate, losses: Losses) -> float:
+        """lambda = -dD/dR: nats that a tenth more budget saves, per MiB, all layers growing alike.
+
+        losses: the candidate's own, on the same samples.
+        """
+        here = losses.mean(self.objective)
         roomier = replace(candidate.space, requested=f"{int(candidate.space.limit_bytes * 1.1)}B")
         weights = [float(choice.tokens) for choice in candidate.allocation]
         larger = roomier.project(weights, [choice.format for choice in candidate.allocation])

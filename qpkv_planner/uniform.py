@@ -4,15 +4,13 @@ from __future__ import annotations
 
 import re
 
-from qpkv_planner.allocation import Space, format_name, model_section
+from qpkv_planner.allocation import DEFAULT_CONTEXT_TOKENS, Space, format_name, model_section
 from qpkv_planner.grid import make_setting
 from qpkv_runtime.errors import BudgetError, InputError
 from qpkv_runtime.methods import QUANTIZERS, SCORERS
 from qpkv_runtime.models.aliases import KNOWN_MODELS
 from qpkv_runtime.models.shape import ModelShape
 from qpkv_runtime.plan import Decode, Plan, Scorer
-
-DEFAULT_CONTEXT_TOKENS = 2048
 
 
 def uniform_plan(

@@ -32,6 +32,8 @@ from qpkv_runtime.packed import PackedLayer
 from qpkv_runtime.plan import Plan
 from qpkv_runtime.scorers import Prefill
 
+NO_CROP = "a packed cache cannot be rolled back (crop), so assisted generation is not available"
+
 
 class _Step(Handle):
     """The new tokens of one forward in one layer, on their way to the attention function."""
@@ -150,7 +152,7 @@ class PlannedLayer(CacheLayerMixin):
         return -1
 
     def crop(self, tokens_to_remove: int) -> NoReturn:
-        raise CacheError("a packed cache cannot be rolled back (crop), so assisted generation is not available")
+        raise CacheError(NO_CROP)
 
     def offload(self) -> NoReturn:
         raise CacheError("a packed cache stays on its device: offloading is not available")
@@ -213,7 +215,7 @@ class PlannedCache(Cache):
             layer.prompt_tokens = [layer.prompt_tokens[row] for row in indices.tolist()]
 
     def crop(self, tokens_to_remove: int) -> NoReturn:
-        raise CacheError("a packed cache cannot be rolled back (crop), so assisted generation is not available")
+        raise CacheError(NO_CROP)
 
 
 def layer_devices(model: PreTrainedModel) -> list[torch.device]:

@@ -173,7 +173,7 @@ def write_block(block: Tensor, layout: LayerLedger, tiers: Sequence[TierTensors]
         for side, x in (("key", held.keys), ("value", held.values)):
             x = torch.nn.functional.pad(x, (0, 0, 0, missing))
             encoded = encode(format, side, x, valid, vectors)
-            bits = _tensor_format(format, side).bits
+            bits = side_format(format, side).bits
             content[f"{side}_codes"] = encoded.codes.flatten(2) if bits == 16 else packing.pack(encoded.codes, bits)
             if encoded.scales.shape[-1]:
                 content[f"{side}_scales"] = encoded.scales
@@ -189,26 +189,27 @@ def _put(block: Tensor, offset: int, content: Tensor) -> None:
     block[:, offset : offset + as_bytes.shape[1]] = as_bytes
 
 
-def _tensor_format(format: Format, side: str) -> TensorFormat:
+def side_format(format: Format, side: str) -> TensorFormat:
+    """How a format writes one side, "key" or "value"."""
     return format.keys if side == "key" else format.values
 
 
 def encode(format: Format, side: str, x: Tensor, valid: Tensor, vectors: Tensor | None) -> Encoded:
     """side: "key" or "value"; x in the 16-bit type [B, H_kv, S, D]; vectors: the layer's head vectors, if any."""
-    tensor_format = _tensor_format(format, side)
-    quantizer = (KEY_QUANTIZERS if side == "key" else VALUE_QUANTIZERS)[tensor_format.quantizer]
-    return quantizer.encode(x, valid, tensor_format, _own_vectors(tensor_format, side, vectors))
+    written = side_format(format, side)
+    quantizer = (KEY_QUANTIZERS if side == "key" else VALUE_QUANTIZERS)[written.quantizer]
+    return quantizer.encode(x, valid, written, _own_vectors(written, side, vectors))
 
 
 def decode(format: Format, side: str, encoded: Encoded, vectors: Tensor | None) -> Tensor:
     """-> float32 [B, H_kv, S, D]."""
-    tensor_format = _tensor_format(format, side)
-    quantizer = (KEY_QUANTIZERS if side == "key" else VALUE_QUANTIZERS)[tensor_format.quantizer]
-    return quantizer.decode(encoded, tensor_format, _own_vectors(tensor_format, side, vectors))
+    written = side_format(format, side)
+    quantizer = (KEY_QUANTIZERS if side == "key" else VALUE_QUANTIZERS)[written.quantizer]
+    return quantizer.decode(encoded, written, _own_vectors(written, side, vectors))
 
 
-def _own_vectors(tensor_format: TensorFormat, side: str, vectors: Tensor | None) -> Tensor | None:
-    return vectors if side == "key" and QUANTIZERS[tensor_format.quantizer].head_vectors else None
+def _own_vectors(written: TensorFormat, side: str, vectors: Tensor | None) -> Tensor | None:
+    return vectors if side == "key" and QUANTIZERS[written.quantizer].head_vectors else None
 
 
 def read_vectors(block: Tensor, layout: LayerLedger, num_heads: int, head_size: int) -> Tensor | None:

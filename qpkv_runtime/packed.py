@@ -14,7 +14,7 @@ from torch import Tensor
 
 from qpkv_kernels import packing
 from qpkv_kernels.attention import attend
-from qpkv_runtime.compression import STORAGE_DTYPES, decode, encode, read_vectors, to_storage
+from qpkv_runtime.compression import STORAGE_DTYPES, decode, encode, read_vectors, side_format, to_storage
 from qpkv_runtime.ledger import LayerLedger
 from qpkv_runtime.plan import Format, Plan
 from qpkv_runtime.quantizers import NUMBER, Encoded
@@ -30,9 +30,7 @@ class PackedLayer:
 
     def table(self) -> Tensor:
         """int32 [B, H_kv, segments, 2]: offset in the block and tokens held, as a copy on the host."""
-        buffer = self.layout.table
-        entries = self.block[:, buffer.offset : buffer.offset + buffer.size_bytes].contiguous().view(torch.int32)
-        return entries.reshape(len(entries), self.num_heads, -1, 2).cpu()
+        return self._table().clone().cpu()
 
     def read(self, tier: int, entries: Tensor, vectors: Tensor | None) -> tuple[Tensor, Tensor, Tensor | None]:
         """Dequantize a tier of every head: float32 keys and values [B, H_kv, S, D], int32 positions or None.
@@ -42,13 +40,14 @@ class PackedLayer:
         segment = self.layout.segment(0, tier)
         offsets, most = entries[..., 0].tolist(), int(entries[..., 1].max())
         sides = []
-        for side, written in (("key", segment.format.keys), ("value", segment.format.values)):
-            if written.bits == 16:
+        for side in ("key", "value"):
+            bits = side_format(segment.format, side).bits
+            if bits == 16:
                 codes = self._buffer(f"{side}_codes", tier, offsets, self.storage_dtype)
                 codes = codes.unflatten(-1, (-1, self.head_size))
             else:
                 packed = self._buffer(f"{side}_codes", tier, offsets, torch.uint8)
-                codes = packing.unpack(packed, written.bits, self.head_size)
+                codes = packing.unpack(packed, bits, self.head_size)
             scales = self._buffer(f"{side}_scales", tier, offsets, NUMBER)
             sides.append(decode(segment.format, side, Encoded(codes, scales), vectors)[:, :, :most])
         positions = None
@@ -134,10 +133,8 @@ class PackedLayer:
 
     def _encode_new(self, side: str, x: Tensor, vectors: Tensor | None) -> Encoded:
         valid = torch.ones(x.shape[:3], dtype=torch.bool, device=x.device)
-        return encode(self._reserve_format, side, self._to_storage(side, x), valid, vectors)
-
-    def _to_storage(self, side: str, x: Tensor) -> Tensor:
-        return to_storage(self.plan.model.storage_dtype, self.layout.layer, side, x)
+        stored = to_storage(self.plan.model.storage_dtype, self.layout.layer, side, x)
+        return encode(self._reserve_format, side, stored, valid, vectors)
 
     def _decode_new(self, side: str, encoded: Encoded, vectors: Tensor | None) -> Tensor:
         return decode(self._reserve_format, side, encoded, vectors)
@@ -153,7 +150,7 @@ class PackedLayer:
         index = num_appended + torch.arange(first, num_new, device=self.block.device)
         slots = index % reserve_tokens
         for side, encoded in (("key", keys), ("value", values)):
-            bits = (self._reserve_format.keys if side == "key" else self._reserve_format.values).bits
+            bits = side_format(self._reserve_format, side).bits
             buffer = self._reserve(f"{side}_codes")
             if bits == 16:
                 held = buffer.view(self.storage_dtype).unflatten(-1, (-1, self.head_size))
@@ -170,13 +167,13 @@ class PackedLayer:
             prompt = torch.tensor(list(prompt_tokens), device=self.block.device)
             positions = self._reserve("positions").view(torch.int32)
             positions[:, :, slots] = (prompt[:, None, None] + index).to(torch.int32)
-        table = self._at(self.layout.table.offset, self.layout.table.size_bytes).view(torch.int32)
-        counts = table.unflatten(-1, (self.num_heads, -1, 2))[:, :, -1, 1]
-        counts.fill_(min(num_appended + num_new, reserve_tokens))
+        self._table()[:, :, -1, 1] = min(num_appended + num_new, reserve_tokens)
 
-    def _at(self, offset: int, size_bytes: int) -> Tensor:
-        """These bytes of every row, a view to write through."""
-        return self.block[:, offset : offset + size_bytes]
+    def _table(self) -> Tensor:
+        """The table in the block, a view to write through."""
+        start, size = self.layout.table.offset, self.layout.table.size_bytes
+        entries = self.block[:, start : start + size].view(torch.int32)
+        return entries.view(len(entries), self.num_heads, -1, 2)
 
     def _reserve(self, name: str) -> Tensor:
         """A buffer of the reserve, all rows and heads: uint8 [B, H_kv, size], a view to write through."""

@@ -14,7 +14,7 @@ import torch
 
 import qpkv_planner
 from qpkv_planner import cli
-from qpkv_planner.allocation import Choice, Space, uniform
+from qpkv_planner.allocation import Choice, Space, allocation_of, uniform
 from qpkv_planner.calibration import CONTINUATION_TOKENS, FACTS, WORDS, make_split
 from qpkv_planner.grid import make_setting
 from qpkv_planner.knapsack import _solve
@@ -249,7 +249,7 @@ def test_the_plan_fits_is_calibrated_and_round_trips(planned):
 
 def test_no_layer_of_the_plan_can_take_one_more_quantum(planned):
     space = Space.of_plan(planned)
-    allocation = [Choice(layer.tokens, layer.tiers[0].format) for layer in planned.layers]
+    allocation = allocation_of(planned)
     spent = space.bytes(allocation)
     for layer, choice in enumerate(allocation):
         more = space.one_more(layer, choice)

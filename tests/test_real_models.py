@@ -9,7 +9,7 @@ import torch
 from conftest import keep_all, lossless_space, random_plan
 from transformers import DynamicCache
 
-from qpkv_planner.allocation import Choice, Space
+from qpkv_planner.allocation import Space, allocation_of
 from qpkv_runtime.cache import PlannedCache
 from qpkv_runtime.models import load_model, model_identity
 from qpkv_runtime.plan import Plan, load_plan
@@ -54,8 +54,7 @@ def test_a_shipped_plan_round_trips_and_weighs_exactly_what_it_claims(path):
     assert plan.to_yaml() == path.read_text(encoding="utf-8")
     assert plan.calibrated
     spent, space = plan.budget.planned_bytes, Space.of_plan(plan)
-    for layer, held in enumerate(plan.layers):
-        choice = Choice(held.tokens, held.tiers[0].format)
+    for layer, choice in enumerate(allocation_of(plan)):
         more = space.one_more(layer, choice)
         if more is not None:
             cost = space.layer_bytes(layer, more) - space.layer_bytes(layer, choice)
