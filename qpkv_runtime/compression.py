@@ -19,10 +19,12 @@ from qpkv_runtime.errors import NumericsError
 from qpkv_runtime.ledger import LayerLedger
 from qpkv_runtime.methods import QUANTIZERS, SCORERS, ParameterValue
 from qpkv_runtime.plan import Format, Scorer, TensorFormat
-from qpkv_runtime.quantizers import KEY_QUANTIZERS, NUMBER, ROTATED, VALUE_QUANTIZERS, Encoded
+from qpkv_runtime.quantizers import KEY_QUANTIZERS, ROTATED, VALUE_QUANTIZERS, Encoded
 from qpkv_runtime.scorers import Prefill
 
 STORAGE_DTYPES = {"float16": torch.float16, "bfloat16": torch.bfloat16}
+LARGEST_STORED = 2.0**60  # of a bfloat16: the squares of larger ones, which scales are searched by, overflow float32
+USE_BFLOAT16 = "; plan with storage_dtype bfloat16"
 
 
 @dataclass(frozen=True)
@@ -143,11 +145,11 @@ def gather(selection: Selection, keys: Tensor, values: Tensor, num_padding: Sequ
 
 
 def to_storage(storage_dtype: str, layer: int, name: str, x: Tensor) -> Tensor:
-    """x in the plan's 16-bit type. Raises NumericsError naming layer and tensor when it is not finite there."""
+    """x in the plan's 16-bit type. Raises NumericsError naming layer and tensor when it cannot be stored there."""
     stored = x.to(STORAGE_DTYPES[storage_dtype])
-    if not bool(stored.isfinite().all()):
+    if not bool((stored.abs() <= min(LARGEST_STORED, torch.finfo(stored.dtype).max)).all()):
         problem = f"overflows {storage_dtype}" if bool(x.isfinite().all()) else "has NaN or Inf"
-        advice = "; plan with storage_dtype bfloat16" if storage_dtype == "float16" and "overflows" in problem else ""
+        advice = USE_BFLOAT16 if storage_dtype == "float16" and "overflows" in problem else ""
         raise NumericsError(f"layer {layer}: {name} must be finite to be stored, but {problem}{advice}")
     return stored
 
@@ -172,7 +174,7 @@ def write_block(block: Tensor, layout: LayerLedger, tiers: Sequence[TierTensors]
         content = {"positions": torch.nn.functional.pad(held.positions, (0, missing))} if layout.is_sliding else {}
         for side, x in (("key", held.keys), ("value", held.values)):
             x = torch.nn.functional.pad(x, (0, 0, 0, missing))
-            encoded = encode(format, side, x, valid, vectors)
+            encoded = encode(layout.layer, format, side, x, valid, vectors)
             bits = side_format(format, side).bits
             content[f"{side}_codes"] = encoded.codes.flatten(2) if bits == 16 else packing.pack(encoded.codes, bits)
             if encoded.scales.shape[-1]:
@@ -194,11 +196,18 @@ def side_format(format: Format, side: str) -> TensorFormat:
     return format.keys if side == "key" else format.values
 
 
-def encode(format: Format, side: str, x: Tensor, valid: Tensor, vectors: Tensor | None) -> Encoded:
-    """side: "key" or "value"; x in the 16-bit type [B, H_kv, S, D]; vectors: the layer's head vectors, if any."""
+def encode(layer: int, format: Format, side: str, x: Tensor, valid: Tensor, vectors: Tensor | None) -> Encoded:
+    """side: "key" or "value"; x in the 16-bit type [B, H_kv, S, D]; vectors: the layer's head vectors, if any.
+
+    Raises NumericsError naming layer and tensor when a scale overflows the 16-bit type, as that of a sum can.
+    """
     written = side_format(format, side)
     quantizer = (KEY_QUANTIZERS if side == "key" else VALUE_QUANTIZERS)[written.quantizer]
-    return quantizer.encode(x, valid, written, _own_vectors(written, side, vectors))
+    encoded = quantizer.encode(x, valid, written, _own_vectors(written, side, vectors))
+    if not bool(encoded.scales.isfinite().all()):
+        advice = USE_BFLOAT16 if x.dtype == torch.float16 else ""
+        raise NumericsError(f"layer {layer}: {side} must have finite scales, but one overflows {x.dtype}{advice}")
+    return encoded
 
 
 def decode(format: Format, side: str, encoded: Encoded, vectors: Tensor | None) -> Tensor:
@@ -212,10 +221,12 @@ def _own_vectors(written: TensorFormat, side: str, vectors: Tensor | None) -> Te
     return vectors if side == "key" and QUANTIZERS[written.quantizer].head_vectors else None
 
 
-def read_vectors(block: Tensor, layout: LayerLedger, num_heads: int, head_size: int) -> Tensor | None:
-    """float16 [B, H_kv, vectors, D], or None for a layer that stores none."""
+def read_vectors(
+    block: Tensor, layout: LayerLedger, num_heads: int, head_size: int, dtype: torch.dtype
+) -> Tensor | None:
+    """[B, H_kv, vectors, D] in the plan's 16-bit type, or None for a layer that stores none."""
     if layout.head_vectors is None:
         return None
     start, size = layout.head_vectors.offset, layout.head_vectors.size_bytes
-    vectors = block[:, start : start + size].contiguous().view(NUMBER)
+    vectors = block[:, start : start + size].contiguous().view(dtype)
     return vectors.reshape(len(block), num_heads, -1, head_size)

@@ -17,7 +17,7 @@ from qpkv_kernels.attention import attend
 from qpkv_runtime.compression import STORAGE_DTYPES, decode, encode, read_vectors, side_format, to_storage
 from qpkv_runtime.ledger import LayerLedger
 from qpkv_runtime.plan import Format, Plan
-from qpkv_runtime.quantizers import NUMBER, Encoded
+from qpkv_runtime.quantizers import Encoded
 
 
 class PackedLayer:
@@ -48,7 +48,7 @@ class PackedLayer:
             else:
                 packed = self._buffer(f"{side}_codes", tier, offsets, torch.uint8)
                 codes = packing.unpack(packed, bits, self.head_size)
-            scales = self._buffer(f"{side}_scales", tier, offsets, NUMBER)
+            scales = self._buffer(f"{side}_scales", tier, offsets, self.storage_dtype)
             sides.append(decode(segment.format, side, Encoded(codes, scales), vectors)[:, :, :most])
         positions = None
         if self.layout.is_sliding:
@@ -90,7 +90,7 @@ class PackedLayer:
         layout, device, num_new = self.layout, query.device, query.shape[2]
         window = self.plan.model.shape.sliding_windows[layout.layer]
         reserve_tokens = self.plan.decode.reserve_tokens
-        vectors = read_vectors(self.block, layout, self.num_heads, self.head_size)
+        vectors = read_vectors(self.block, layout, self.num_heads, self.head_size, self.storage_dtype)
         table = self.table()
         prompt = torch.tensor(list(prompt_tokens), device=device)[:, None, None, None]
         new_index = num_appended + torch.arange(num_new, device=device)
@@ -134,7 +134,7 @@ class PackedLayer:
     def _encode_new(self, side: str, x: Tensor, vectors: Tensor | None) -> Encoded:
         valid = torch.ones(x.shape[:3], dtype=torch.bool, device=x.device)
         stored = to_storage(self.plan.model.storage_dtype, self.layout.layer, side, x)
-        return encode(self._reserve_format, side, stored, valid, vectors)
+        return encode(self.layout.layer, self._reserve_format, side, stored, valid, vectors)
 
     def _decode_new(self, side: str, encoded: Encoded, vectors: Tensor | None) -> Tensor:
         return decode(self._reserve_format, side, encoded, vectors)
@@ -161,7 +161,7 @@ class PackedLayer:
                 buffer.copy_(packing.pack(held, bits))
             if encoded.scales.shape[-1]:
                 numbers = encoded.scales.unflatten(-1, (num_new, -1))[:, :, first:]
-                scales = self._reserve(f"{side}_scales").view(NUMBER)
+                scales = self._reserve(f"{side}_scales").view(self.storage_dtype)
                 scales.unflatten(-1, (-1, numbers.shape[-1]))[:, :, slots] = numbers
         if self.layout.is_sliding:
             prompt = torch.tensor(list(prompt_tokens), device=self.block.device)

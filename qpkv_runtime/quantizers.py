@@ -1,8 +1,9 @@
 """The quantizers: how a kept token's keys and values become codes and scales, and back.
 
 Each turns one side's tensor x [B, H_kv, S, D], in the plan's 16-bit type, into codes (uint8, or that type itself) and
-16-bit scales, and decodes them to float32. Encoding uses the scales as stored, so decode(encode(x)) is what attention
-sees. Slots that hold no token (`valid` false) never move a scale. Facts (widths, axes, groups) are in `methods.py`.
+scales, zeros, means and balancers, also in that type, and decodes them to float32. Encoding uses the scales as stored,
+so decode(encode(x)) is what attention sees. Slots that hold no token (`valid` false) never move a scale. Facts (widths,
+axes, groups) are in `methods.py`.
 
 The min-max code (eq. 4-5 of arXiv 2412.12706): zero = min, scale = (max - min) / (2**bits - 1),
 code = round((x - zero) / scale).
@@ -19,20 +20,17 @@ from torch import Tensor
 from qpkv_kernels.hadamard import hadamard, hadamard_product
 from qpkv_runtime.plan import TensorFormat
 
-NUMBER = torch.float16  # the type of every stored scale, zero, mean and balancer
-LARGEST_NUMBER = 65504.0  # where it saturates: only a plan in bfloat16 can hold keys or values beyond it
-
 
 @dataclass(frozen=True)
 class Encoded:
-    """codes: uint8 (or 16-bit) [B, H_kv, S, D]; scales: float16 [B, H_kv, numbers], empty at 16 bit."""
+    """codes: uint8 (or 16-bit) [B, H_kv, S, D]; scales: 16-bit [B, H_kv, numbers], empty at 16 bit."""
 
     codes: Tensor
     scales: Tensor
 
 
 class Quantizer(Protocol):
-    """What every quantizer does. `vectors` is [B, H_kv, head_vectors, D] float16, for keys of those that need it."""
+    """What every quantizer does. `vectors` is [B, H_kv, head_vectors, D] 16-bit, for keys of those that need it."""
 
     def encode(self, x: Tensor, valid: Tensor, format: TensorFormat, vectors: Tensor | None) -> Encoded:
         """x: 16-bit [B, H_kv, S, D], zero where not `valid` (bool [B, H_kv, S])."""
@@ -44,15 +42,16 @@ class Quantizer(Protocol):
 
 
 def _affine_encode(groups: Tensor, member: Tensor, bits: int) -> tuple[Tensor, Tensor]:
-    """groups: float32 [..., G], member: bool, the same shape -> codes [..., G], (scale, zero) [..., 2].
+    """groups: 16-bit [..., G], member: bool, the same shape -> codes [..., G], (scale, zero) [..., 2] in that type.
 
     A constant group has scale 0 and is exact; a group without members is all zero.
     """
+    number, groups = groups.dtype, groups.float()
     low = groups.masked_fill(~member, float("inf")).amin(-1)
     high = groups.masked_fill(~member, float("-inf")).amax(-1)
     is_empty = low > high
-    zero = low.masked_fill(is_empty, 0).clamp_(-LARGEST_NUMBER, LARGEST_NUMBER).to(NUMBER)
-    scale = ((high - low).masked_fill(is_empty, 0) / (2**bits - 1)).clamp_(max=LARGEST_NUMBER).to(NUMBER)
+    zero = low.masked_fill(is_empty, 0).to(number)
+    scale = ((high - low).masked_fill(is_empty, 0) / (2**bits - 1)).to(number)
     divisor = scale.float().masked_fill(scale == 0, 1)[..., None]
     codes = ((groups - zero.float()[..., None]) / divisor).round_().clamp_(0, 2**bits - 1)
     codes = codes.masked_fill_((scale == 0)[..., None] | ~member, 0)
@@ -77,7 +76,7 @@ class Flexgen:
     def encode(self, x: Tensor, valid: Tensor, format: TensorFormat, vectors: Tensor | None) -> Encoded:
         group = min(format.group or x.shape[-1], x.shape[-1])
         member = _in_groups(valid[..., None].expand(x.shape), group)
-        codes, numbers = _affine_encode(_in_groups(x.float(), group), member, format.bits)
+        codes, numbers = _affine_encode(_in_groups(x, group), member, format.bits)
         return Encoded(codes.flatten(-2)[..., : x.shape[-1]], numbers.flatten(2))
 
     def decode(self, encoded: Encoded, format: TensorFormat, vectors: Tensor | None) -> Tensor:
@@ -96,7 +95,7 @@ class KiviKeys:
 
     def encode(self, x: Tensor, valid: Tensor, format: TensorFormat, vectors: Tensor | None) -> Encoded:
         group, num_tokens = format.group or x.shape[-2], x.shape[-2]
-        channels = _in_groups(x.float().transpose(-1, -2), group)  # [B, H_kv, D, S / G, G]
+        channels = _in_groups(x.transpose(-1, -2), group)  # [B, H_kv, D, S / G, G]
         member = _in_groups(valid[..., None, :].expand(*x.shape[:2], x.shape[-1], num_tokens), group)
         codes, numbers = _affine_encode(channels, member, format.bits)
         return Encoded(codes.flatten(-2)[..., :num_tokens].transpose(-1, -2).contiguous(), numbers.flatten(2))
@@ -128,20 +127,20 @@ class Rotated:
     """
 
     def head_vectors(self, keys: Tensor, valid: Tensor, query_moment: Tensor) -> Tensor:
-        """keys [B, H_kv, S, D] (all tiers), query_moment: E q**2 [B, H_kv, D] -> (mu, gamma) float16 [B, H_kv, 2, D].
+        """keys [B, H_kv, S, D] (all tiers), query_moment: E q**2 [B, H_kv, D] -> (mu, gamma) 16-bit [B, H_kv, 2, D].
 
         Sums run in float64, so that the result does not depend on how a batch is laid out.
         """
         count = valid.sum(-1)[..., None].clamp(min=1)
-        mean = (keys.sum(-2, dtype=torch.float64) / count).clamp_(-LARGEST_NUMBER, LARGEST_NUMBER).to(NUMBER)
+        mean = (keys.sum(-2, dtype=torch.float64) / count).to(keys.dtype)
         centred = (keys.float() - mean.float()[..., None, :]).masked_fill(~valid[..., None], 0)
         key_moment = centred.square_().sum(-2, dtype=torch.float64) / count
         gamma = ((query_moment.double() + 1e-6) / (key_moment + 1e-6)).pow(0.25)
         gamma = gamma / gamma.log().mean(-1, keepdim=True).exp()
-        return torch.stack([mean, gamma.clamp(2**-10, 2**10).to(NUMBER)], -2)
+        return torch.stack([mean, gamma.clamp(2**-10, 2**10).to(keys.dtype)], -2)
 
     def encode(self, x: Tensor, valid: Tensor, format: TensorFormat, vectors: Tensor | None) -> Encoded:
-        x = x.float()
+        number, x = x.dtype, x.float()
         if vectors is not None:
             mean, gamma = vectors.float()[..., None, :, :].unbind(-2)
             x = ((x - mean) * gamma).masked_fill(~valid[..., None], 0)
@@ -150,7 +149,7 @@ class Rotated:
         largest, energy = x.abs().amax(-1, keepdim=True), x.square().sum(-1, keepdim=True)
         best_scale = best_error = None
         for clip in CLIPS[format.bits]:
-            scale = (largest * (clip / half)).clamp_(max=LARGEST_NUMBER).to(NUMBER)
+            scale = (largest * (clip / half)).to(number)
             exact = _in_steps(x, scale)
             error = (exact.round().clamp_(-half, half - 1) - exact).square_().sum(-1, keepdim=True)
             error = torch.where(scale == 0, energy, error * scale.float().square())
@@ -176,7 +175,7 @@ class SixteenBit:
     """The token as it is, in the plan's 16-bit type; no scales."""
 
     def encode(self, x: Tensor, valid: Tensor, format: TensorFormat, vectors: Tensor | None) -> Encoded:
-        return Encoded(x, x.new_empty(*x.shape[:2], 0, dtype=NUMBER))
+        return Encoded(x, x.new_empty(*x.shape[:2], 0))
 
     def decode(self, encoded: Encoded, format: TensorFormat, vectors: Tensor | None) -> Tensor:
         return encoded.codes.float()

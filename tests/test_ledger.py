@@ -275,7 +275,7 @@ def test_every_quantizer_writes_exactly_the_bytes_the_ledger_gives_it(format, to
         assert vectors.numel() * vectors.element_size() == layout.head_vectors.size_bytes
     written = {"positions": 4 * capacity} if window else {}
     for side, bits in (("key", format.keys.bits), ("value", format.values.bits)):
-        encoded = encode(format, side, x, valid, vectors)
+        encoded = encode(0, format, side, x, valid, vectors)
         assert encoded.scales.element_size() == NUMBER
         codes = encoded.codes if bits == 16 else packing.pack(encoded.codes, bits)
         written[f"{side}_codes"] = codes[0, 0].numel() * codes.element_size()
