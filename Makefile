@@ -5,7 +5,7 @@ PYTHON ?= python3
 BIN := .venv/bin
 STAMP := .venv/.qpkv-installed
 
-.PHONY: help install demo test test-long check bench clean
+.PHONY: help install demo test test-long check check-plans bench clean
 
 help:  ## list the targets
 	@grep -hE '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 12
@@ -26,6 +26,9 @@ test: install  ## the tests, without the slow ones
 
 test-long: install  ## all tests
 	$(BIN)/python -m pytest -q -n auto --dist loadfile -m ""
+
+check-plans: install  ## measure the checked-in plans of smollm2 again (tiny's are in the tests)
+	$(BIN)/python -m qpkv_planner.check plans/smollm2__*.yaml
 
 check: install  ## lint, format, types, import directions
 	$(BIN)/ruff check .

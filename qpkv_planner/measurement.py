@@ -153,6 +153,16 @@ class Evaluator:
         self.spent += len(rows) / len(self.prepared) * (len(allocation) - layer) / len(allocation)
         return self._losses(self._decoder.norm(hidden), rows)
 
+    @torch.no_grad()
+    def evaluate_plan(self, plan: Plan) -> Losses:
+        """The losses of any plan on all samples, whatever its tiers; keeps no blocks for later."""
+        scoring, rows = Scoring.of(plan.scorer, plan.sinks, plan.window), self._rows(self.parts)
+        cache = PlannedCache(plan, self._devices)
+        for layout in cache.ledger.layers:
+            blocks = [self._compress(plan, scoring, layout, part) for part in self.parts]
+            cast(Any, cache.layers[layout.layer]).load(torch.cat(blocks), self.prepared.prompt_tokens)
+        return self._losses(self._forward(cache, rows), rows)
+
     def full(self) -> Losses:
         """The full cache's own losses."""
         rows = list(range(len(self.prepared)))
@@ -165,16 +175,20 @@ class Evaluator:
         """Removes `hooks` afterwards, whatever happens."""
         try:
             rows = self._rows(parts)
-            cache = self._cache(space, allocation, parts)
-            prompt_tokens = torch.tensor([self.prepared.prompt_tokens[row] for row in rows])
-            ids = self.prepared.input_ids[rows]
-            positions = (prompt_tokens[:, None] + torch.arange(ids.shape[1])).to(ids.device)
-            hidden = self._decoder(ids, position_ids=positions, past_key_values=cache).last_hidden_state
+            hidden = self._forward(self._cache(space, allocation, parts), rows)
         finally:
             for hook in hooks:
                 hook.remove()
-        self.spent += len(rows) / len(self.prepared)
         return self._losses(hidden, rows)
+
+    def _forward(self, cache: PlannedCache, rows: list[int]) -> Tensor:
+        """The continuations of these samples over their compressed prompts -> [N, C, hidden]."""
+        prompt_tokens = torch.tensor([self.prepared.prompt_tokens[row] for row in rows])
+        ids = self.prepared.input_ids[rows]
+        positions = (prompt_tokens[:, None] + torch.arange(ids.shape[1])).to(ids.device)
+        self.spent += len(rows) / len(self.prepared)
+        hidden: Tensor = self._decoder(ids, position_ids=positions, past_key_values=cache).last_hidden_state
+        return hidden
 
     def _rows(self, parts: Sequence[int]) -> list[int]:
         starts = self.prepared.part_starts

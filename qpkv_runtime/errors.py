@@ -23,6 +23,10 @@ class PlanError(QpkvError):
     """A plan cannot be read, breaks its own rules, or was made for another model or another schema version."""
 
 
+class LedgerError(PlanError):
+    """A plan's recorded bytes are not those that the ledger works out for it."""
+
+
 class BudgetError(QpkvError):
     """A budget is written in no known form, or is too small for the least that a plan must hold."""
 

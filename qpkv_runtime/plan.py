@@ -19,13 +19,15 @@ from typing import Annotated, Any, Literal, Self
 
 import yaml
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator, model_validator
+from pydantic_core import PydanticCustomError
 
-from qpkv_runtime.errors import PlanError
+from qpkv_runtime.errors import LedgerError, PlanError
 from qpkv_runtime.ledger import Holdings, full_bytes, make_ledger
 from qpkv_runtime.methods import QUANTIZERS, SCORERS, ParameterValue, scorer_parameters
 from qpkv_runtime.models.shape import ModelShape
 
 SCHEMA_VERSION = 1
+_LEDGER_RULE = "bytes_of_the_ledger"  # pydantic's name for the one mistake that has an error class of its own
 
 
 class _Value(BaseModel):
@@ -299,10 +301,13 @@ class Plan(_Value):
     def _check_bytes(self) -> None:
         budget = self.budget
         full, planned = full_bytes(self.model.shape, budget.context_tokens), make_ledger(self).stored_bytes
-        if budget.full_bytes != full:
-            raise ValueError(f"budget.full_bytes must be {full} by the ledger, got {budget.full_bytes}")
-        if budget.planned_bytes != planned:
-            raise ValueError(f"budget.planned_bytes must be {planned} by the ledger, got {budget.planned_bytes}")
+        for name, right in (("full_bytes", full), ("planned_bytes", planned)):
+            if (recorded := getattr(budget, name)) != right:
+                raise PydanticCustomError(
+                    _LEDGER_RULE,
+                    "budget.{name} must be {right} by the ledger, got {recorded}",
+                    {"name": name, "right": right, "recorded": recorded},
+                )
         if planned > budget.limit_bytes:
             raise ValueError(f"budget.planned_bytes = {planned} is over budget.limit_bytes = {budget.limit_bytes}")
 
@@ -364,7 +369,8 @@ def parse_plan(text: str, source: str = "plan") -> Plan:
     try:
         return Plan.model_validate(data)
     except ValidationError as error:
-        raise PlanError(f"{source}: {_first_error(error)}") from None
+        is_bytes = {found["type"] for found in error.errors()} == {_LEDGER_RULE}
+        raise (LedgerError if is_bytes else PlanError)(f"{source}: {_first_error(error)}") from None
 
 
 def load_plan(path: str | Path) -> Plan:
@@ -401,7 +407,7 @@ def _first_error(error: ValidationError) -> str:
     # A list whose only entry is bad is also called empty: that one says nothing new.
     first, *others = [e for e in error.errors(include_url=False) if not (e["type"] == "too_short" and e["input"])]
     where = ".".join(str(part) for part in first["loc"] if part != "[key]")
-    if first["type"] == "value_error":
+    if first["type"] in ("value_error", _LEDGER_RULE):
         message = first["msg"].removeprefix("Value error, ")
     else:
         message = _RULES.get(first["type"], first["msg"]).format_map(first.get("ctx", {}))

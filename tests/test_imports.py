@@ -57,6 +57,7 @@ def test_nothing_regular_is_importable_as_kernels() -> None:
 @pytest.mark.parametrize(
     "module",
     [
+        "qpkv_planner.pytest_plugin",
         "qpkv_runtime.errors",
         "qpkv_runtime.ledger",
         "qpkv_runtime.methods",
