@@ -22,10 +22,11 @@ from transformers.cache_utils import Cache, CacheLayerMixin
 from qpkv_kernels.attention import causal_attention
 from qpkv_planner.calibration import Context, Sample, Split
 from qpkv_runtime.attention import Handle
+from qpkv_runtime.cache import layer_parts
 from qpkv_runtime.compression import Ranking, Scoring, observe, rank, to_storage
 from qpkv_runtime.errors import NumericsError
 from qpkv_runtime.models.shape import ModelShape
-from qpkv_runtime.scorers import Prefill
+from qpkv_runtime.scorers import LayerParts, Prefill
 
 ANSWERABLE_NATS = 1.0  # a question on which the full cache does worse than this says nothing about compression
 
@@ -130,10 +131,14 @@ class _RecordingLayer(CacheLayerMixin):
 
 
 class _ContextRun:
-    """The prefill of one context and of its samples, as flat tensors per layer."""
+    """The prefill of one context and of its samples, as flat tensors per layer. parts: each layer's, where a scorer
+    looks at them."""
 
     @torch.no_grad()
-    def __init__(self, model: PreTrainedModel, shape: ModelShape, context: Context) -> None:
+    def __init__(
+        self, model: PreTrainedModel, shape: ModelShape, context: Context, parts: list[LayerParts] | None = None
+    ) -> None:
+        self.parts = parts
         layers = [_RecordingLayer(window) for window in shape.sliding_windows]
         cache = Cache(layers=list(layers))
         self.layers, self.context = layers, context
@@ -150,16 +155,19 @@ class _ContextRun:
             first = len(sample.prompt) - 1
             self.logprobs.append(logits[row, first : first + len(sample.continuation)].float().log_softmax(-1))
 
-    def prefill(self, layer: int, row: int, window: int) -> Prefill:
-        """What the runtime would see of this sample's prompt in one prefill."""
+    def prefill(self, layer: int, row: int, scoring: Scoring) -> Prefill:
+        """What the runtime would see of this sample's prompt in one prefill under this scoring."""
         recorded = self.layers[layer]
         assert recorded.past is not None and recorded.last is not None
         num_tokens = self.num_prompt_tokens(row)
-        query, key = (
+        query, key, value = (
             torch.cat([past, new[row : row + 1, :, : num_tokens - past.shape[2]]], 2)
-            for past, new in zip(recorded.past[:2], recorded.last[:2], strict=True)
+            for past, new in zip(recorded.past, recorded.last, strict=True)
         )
-        return Prefill(layer, query, key, [0], recorded.scaling, recorded.softcap, recorded.sliding_window, window)
+        return Prefill(
+            layer, query, key, [0], recorded.scaling, recorded.softcap, recorded.sliding_window,
+            scoring.window, scoring.sinks, value, self.parts[layer] if self.parts else None,
+        )  # fmt: skip
 
     def num_prompt_tokens(self, row: int) -> int:
         """The prompt without its last token."""
@@ -185,6 +193,7 @@ def prepare(
 
     Questions that the full cache cannot answer are left out. Raises NumericsError when the model gives NaN.
     """
+    parts = layer_parts(model) if any(scoring.needs_parts for scoring in scorings) else None
     order = sorted(range(len(split.contexts)), key=lambda i: (i % num_parts, i))
     keys: list[list[Tensor]] = [[] for _ in range(shape.num_layers)]
     values: list[list[Tensor]] = [[] for _ in range(shape.num_layers)]
@@ -199,7 +208,7 @@ def prepare(
         if position and index % num_parts != order[position - 1] % num_parts:
             part_starts.append(len(samples))
         context = split.contexts[index]
-        run = _ContextRun(model, shape, context)
+        run = _ContextRun(model, shape, context, parts)
         kept = []
         for row, sample in enumerate(context.samples):
             loss = -run.logprobs[row].gather(1, torch.tensor(sample.continuation, device=model.device)[:, None]).mean()
@@ -229,7 +238,7 @@ def prepare(
                 bank.append(stored.transpose(0, 1).contiguous())
             for row in kept:
                 for scoring in scorings:
-                    observation = observe(scoring, run.prefill(layer, row, scoring.window))
+                    observation = observe(scoring, run.prefill(layer, row, scoring))
                     observed[layer][scoring].append((observation.importance[0], observation.query_moment[0]))
         progress()
     part_starts += [len(samples)] * (num_parts + 1 - len(part_starts))

@@ -14,6 +14,8 @@ Not here: chunked prefill (a chunk after the first is appended, like generated t
 from __future__ import annotations
 
 import warnings
+from functools import partial
+from inspect import signature
 from typing import Any, NoReturn, cast
 
 import torch
@@ -25,12 +27,12 @@ from qpkv_kernels.attention import causal_attention
 from qpkv_runtime.arena import Arena
 from qpkv_runtime.attention import HOW_TO_LOAD, NAME, Handle
 from qpkv_runtime.compression import Scoring, gather, observe, rank, select, to_storage, write_block
-from qpkv_runtime.errors import CacheError, PlanError
+from qpkv_runtime.errors import CacheError, PlanError, UnsupportedModelError
 from qpkv_runtime.ledger import LayerLedger, Ledger, make_ledger
 from qpkv_runtime.models.shape import ModelShape
 from qpkv_runtime.packed import PackedLayer
 from qpkv_runtime.plan import Plan
-from qpkv_runtime.scorers import Prefill
+from qpkv_runtime.scorers import LayerParts, Prefill
 
 NO_CROP = "a packed cache cannot be rolled back (crop), so assisted generation is not available"
 
@@ -64,9 +66,10 @@ class PlannedLayer(CacheLayerMixin):
 
     supports_early_init = False
 
-    def __init__(self, plan: Plan, layout: LayerLedger, rows: _Rows) -> None:
+    def __init__(self, plan: Plan, layout: LayerLedger, rows: _Rows, parts: LayerParts | None) -> None:
         super().__init__()  # type: ignore[no-untyped-call]
-        self.plan, self.layout, self.rows = plan, layout, rows
+        self.plan, self.layout, self.rows, self.parts = plan, layout, rows, parts
+        self.scoring = Scoring.of(plan.scorer, plan.sinks, plan.window)
         self.sliding_window = plan.model.shape.sliding_windows[layout.layer]
         self.is_sliding = self.sliding_window is not None
         self.reset()
@@ -108,9 +111,12 @@ class PlannedLayer(CacheLayerMixin):
         out = causal_attention(query, key, value, num_padding, scaling, self.sliding_window, softcap)
         with torch.no_grad():
             observation = observe(
-                Scoring.of(self.plan.scorer, self.plan.sinks, self.plan.window),
-                Prefill(layer, query, key, num_padding, scaling, softcap, self.sliding_window, self.plan.window),
-            )
+                self.scoring,
+                Prefill(
+                    layer, query, key, num_padding, scaling, softcap, self.sliding_window,
+                    self.scoring.window, self.scoring.sinks, value, self.parts,
+                ),
+            )  # fmt: skip
             keys, values = (
                 to_storage(self.plan.model.storage_dtype, layer, name, x)
                 for name, x in (("key", key), ("value", value))
@@ -159,12 +165,20 @@ class PlannedLayer(CacheLayerMixin):
 
 
 class PlannedCache(Cache):
-    """A batch of sequences under a plan. Build it with `from_plan`."""
+    """A batch of sequences under a plan. Build it with `from_plan`.
 
-    def __init__(self, plan: Plan, layer_devices: list[torch.device]) -> None:
+    parts: each layer's, for a scorer that looks at them; None where nothing will be prefilled.
+    """
+
+    def __init__(self, plan: Plan, layer_devices: list[torch.device], parts: list[LayerParts] | None = None) -> None:
         self.plan, self.ledger = plan, make_ledger(plan)
         self.rows = _Rows(self.ledger, layer_devices)
-        super().__init__(layers=[PlannedLayer(plan, layout, self.rows) for layout in self.ledger.layers])
+        super().__init__(
+            layers=[
+                PlannedLayer(plan, layout, self.rows, parts[layout.layer] if parts else None)
+                for layout in self.ledger.layers
+            ]
+        )
 
     @classmethod
     def from_plan(cls, plan: Plan, model: PreTrainedModel) -> PlannedCache:
@@ -177,7 +191,8 @@ class PlannedCache(Cache):
         check_shape(plan, model_shape(model))
         if model.config._attn_implementation != NAME:
             raise CacheError(f"the model runs {model.config._attn_implementation} attention; {HOW_TO_LOAD}")
-        return cls(plan, layer_devices(model))
+        needs_parts = Scoring.of(plan.scorer, plan.sinks, plan.window).needs_parts
+        return cls(plan, layer_devices(model), layer_parts(model) if needs_parts else None)
 
     @property
     def arena(self) -> Arena | None:
@@ -221,6 +236,24 @@ class PlannedCache(Cache):
 def layer_devices(model: PreTrainedModel) -> list[torch.device]:
     """The device of each decoder layer."""
     return [next(layer.parameters()).device for layer in cast(Any, model.get_decoder()).layers]
+
+
+def layer_parts(model: PreTrainedModel) -> list[LayerParts]:
+    """What scorers may look at of each decoder layer. Raises UnsupportedModelError where it is not plain weights."""
+    decoder = cast(Any, model.get_decoder())
+    layer_types = getattr(model.config.get_text_config(decoder=True), "layer_types", None)
+    by_type = layer_types if "layer_type" in signature(decoder.rotary_emb.forward).parameters else None
+    parts = []
+    for index, layer in enumerate(decoder.layers):
+        weight = getattr(getattr(layer.self_attn, "o_proj", None), "weight", None)
+        if not isinstance(weight, Tensor) or not weight.is_floating_point() or weight.is_meta:
+            raise UnsupportedModelError(
+                f"this plan's scorer looks at layer {index}'s output projection, which must be a plain weight in "
+                "memory: load the model unquantized and not offloaded, or plan with another scorer"
+            )
+        rotary = partial(decoder.rotary_emb, weight.new_empty(0, dtype=torch.float32))
+        parts.append(LayerParts(weight.detach(), partial(rotary, layer_type=by_type[index]) if by_type else rotary))
+    return parts
 
 
 def check_shape(plan: Plan, shape: ModelShape) -> None:

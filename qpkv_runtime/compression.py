@@ -40,6 +40,11 @@ class Scoring:
     def of(cls, scorer: Scorer, sinks: int, window: int) -> Scoring:
         return cls(scorer.name, tuple(sorted(scorer.parameters.items())), sinks, window)
 
+    @property
+    def needs_parts(self) -> bool:
+        """Whether the scorer looks at the layer's module (`LayerParts`)."""
+        return not {"rotary_embedding", "output_projection"}.isdisjoint(SCORERS[self.scorer].needs)
+
 
 @dataclass(frozen=True)
 class Observation:
@@ -93,17 +98,13 @@ class TierTensors:
 def observe(scoring: Scoring, prefill: Prefill) -> Observation:
     """Score a layer's tokens and mark those that must stay (sinks, window) and go (padding, out of the window).
 
-    prefill.query: all queries; the scorer is shown those it needs.
+    prefill: everything; the scorer is shown what it needs. Its window and sinks are the scoring's.
     """
-    window_queries, num_heads = prefill.query[:, :, -scoring.window :], prefill.key.shape[1]
-    shown = prefill if SCORERS[scoring.scorer].needs == "all_queries" else replace(prefill, query=window_queries)
+    prefill = replace(prefill, window=scoring.window, sinks=scoring.sinks)
+    shown = prefill.shown(SCORERS[scoring.scorer].needs)
     importance = scorers.SCORERS[scoring.scorer].score(shown, dict(scoring.parameters))
-    positions, end = prefill.positions, prefill.positions[..., -1:]
-    must_stay = (positions < scoring.sinks) | (positions > end - scoring.window)
-    must_go = ~prefill.is_token
-    if prefill.sliding_window is not None:
-        must_go = must_go | (positions <= end + 1 - prefill.sliding_window)  # the next query cannot see them
-    importance = importance.masked_fill(must_stay, float("inf")).masked_fill(must_go, float("-inf"))
+    importance = importance.masked_fill(prefill.must_stay, float("inf")).masked_fill(prefill.must_go, float("-inf"))
+    window_queries, num_heads = prefill.query[:, :, -scoring.window :], prefill.key.shape[1]
     is_query = prefill.is_token[..., -window_queries.shape[2] :]  # [B, 1, window]
     squares = (window_queries.double() ** 2).unflatten(1, (num_heads, -1)) * is_query[:, :, None, :, None]
     num_queries = is_query.sum(-1).clamp(min=1)[..., None] * squares.shape[2]

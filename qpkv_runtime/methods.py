@@ -7,42 +7,61 @@ the two in step. Not here: how layers share a budget (`qpkv_planner.presets`), w
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Literal
 
 from qpkv_runtime.errors import PlanError
 
-Needs = Literal["positions", "keys", "window_queries", "all_queries"]
+Need = Literal[
+    "positions",
+    "keys",
+    "values",
+    "last_query",
+    "window_queries",
+    "all_queries",
+    "rotary_embedding",
+    "output_projection",
+]
 Axis = Literal["token", "channel"]
 ParameterValue = int | float | str | bool
 
 
 @dataclass(frozen=True)
 class Parameter:
-    """A setting of a method: its default, and either the values it may take or its least value."""
+    """A setting of a method: its default, and either the values it may take or its least and largest value."""
 
     default: ParameterValue
     choices: tuple[ParameterValue, ...] = ()
     minimum: int | float | None = None
+    maximum: int | float | None = None
 
     def check(self, where: str, value: object) -> None:
         """Raise PlanError unless `value` is of the default's type and allowed."""
         wanted = type(self.default)
         if type(value) is not wanted and not (wanted is float and type(value) is int):
             raise PlanError(f"{where} must be of type {wanted.__name__}, got {value!r}")
+        if isinstance(value, float) and not math.isfinite(value):
+            raise PlanError(f"{where} must be a finite number, got {value!r}")
         if self.choices and value not in self.choices:
             raise PlanError(f"{where} must be one of {', '.join(map(str, self.choices))}, got {value!r}")
         if self.minimum is not None and isinstance(value, (int, float)) and value < self.minimum:
             raise PlanError(f"{where} must be at least {self.minimum}, got {value!r}")
+        if self.maximum is not None and isinstance(value, (int, float)) and value > self.maximum:
+            raise PlanError(f"{where} must be at most {self.maximum}, got {value!r}")
 
 
 @dataclass(frozen=True)
 class ScorerFacts:
-    """What a token scorer is and what it must be shown. Higher score is kept; token zero is the oldest."""
+    """What a token scorer is and what it must be shown. Higher score is kept; token zero is the oldest.
+
+    needs: beside the positions, which are free. A scorer is given what stands here and nothing else; none needs hidden
+    states or an extra pass over the prompt.
+    """
 
     paper: str
-    needs: Needs
+    needs: tuple[Need, ...]
     parameters: Mapping[str, Parameter] = field(default_factory=dict)
 
 
@@ -77,11 +96,23 @@ _POOLING = {
 }
 
 SCORERS: dict[str, ScorerFacts] = {
-    "streamingllm": ScorerFacts("arXiv 2309.17453", "positions"),
-    "h2o": ScorerFacts("arXiv 2306.14048", "all_queries"),
-    "snapkv": ScorerFacts("arXiv 2404.14469", "window_queries", _POOLING),
-    "knorm": ScorerFacts("arXiv 2406.11430", "keys"),
-    "random": ScorerFacts("control", "positions", {"seed": Parameter(0, minimum=0)}),
+    "streamingllm": ScorerFacts("arXiv 2309.17453", ("positions",)),
+    "h2o": ScorerFacts("arXiv 2306.14048", ("keys", "all_queries")),
+    "snapkv": ScorerFacts("arXiv 2404.14469", ("keys", "window_queries"), _POOLING),
+    "knorm": ScorerFacts("arXiv 2406.11430", ("keys",)),
+    "tova": ScorerFacts("arXiv 2401.06104", ("keys", "last_query")),
+    "keydiff": ScorerFacts("arXiv 2504.15364", ("keys",)),
+    "criticalkv": ScorerFacts(
+        "arXiv 2502.03805",
+        ("keys", "values", "window_queries", "output_projection"),
+        {**_POOLING, "epsilon": Parameter(1e-4, minimum=0.0), "first_stage": Parameter(0.5, minimum=0.0, maximum=1.0)},
+    ),
+    "expected_attention": ScorerFacts(
+        "arXiv 2510.00636",
+        ("keys", "values", "all_queries", "rotary_embedding"),
+        {"future_tokens": Parameter(512, minimum=1), "epsilon": Parameter(0.0, minimum=0.0)},
+    ),
+    "random": ScorerFacts("control", ("positions",), {"seed": Parameter(0, minimum=0)}),
 }
 
 QUANTIZERS: dict[str, QuantizerFacts] = {

@@ -120,7 +120,7 @@ def methods_overview() -> dict[str, Any]:
     scorers = {
         name: {
             "paper": facts.paper,
-            "needs": facts.needs,
+            "needs": list(facts.needs),
             "parameters": {key: parameter.default for key, parameter in facts.parameters.items()},
         }
         for name, facts in SCORERS.items()
@@ -163,7 +163,7 @@ def methods_text() -> str:
     scorers = [["scorer", "needs", "parameters", "paper"]]
     for name, scorer in SCORERS.items():
         parameters = ", ".join(_parameter(key, value) for key, value in scorer.parameters.items())
-        scorers.append([name, scorer.needs.replace("_", " "), parameters or "none", scorer.paper])
+        scorers.append([name, ", ".join(scorer.needs).replace("_", " "), parameters or "none", scorer.paper])
     quantizers = [["quantizer", "bits", "a group runs along", "group", "metadata bits", "per head", "paper"]]
     for name in QUANTIZERS:
         facts = _quantizer(name)

@@ -1,33 +1,50 @@
 """The token scorers: how important each token of a prompt is to each KV head.
 
 Higher score is kept; token zero is the oldest; scores are finite float32 [B, H_kv, T]. A scorer is shown exactly what
-its `needs` in `methods.py` says: the window's queries, or all of them. What must stay (sinks, the window) and what
-must not (padding, tokens outside a sliding window) is decided for all scorers alike in `compression.py`.
+its `needs` in `methods.py` say (`Prefill.shown`). What must stay (sinks, the window) and what must not (padding, tokens
+outside a sliding window) is decided for all scorers alike: `Prefill` says what it is, `compression.py` enforces it.
+Query heads become KV heads in one place, `_kv_heads`.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
-from dataclasses import dataclass
-from typing import Protocol
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, replace
+from typing import Any, Protocol
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
 from qpkv_kernels.attention import causal_mask
-from qpkv_runtime.methods import ParameterValue
+from qpkv_runtime.methods import Need, ParameterValue
 
 QUERY_CHUNK = 128
+TOKEN_CHUNK = 1024
+
+
+@dataclass(frozen=True, eq=False)
+class LayerParts:
+    """The pieces of a model's layer that some scorers look at: references, never copies.
+
+    output_projection: the weight of W_o, [hidden, H * D]; rotary_embedding: positions int64 [B, N] -> (cos, sin)
+    [B, N, D], both halves of D alike.
+    """
+
+    output_projection: Tensor
+    rotary_embedding: Callable[[Tensor], tuple[Tensor, Tensor]]
+
+    def __deepcopy__(self, memo: dict[int, Any]) -> LayerParts:
+        return self  # a copied cache still belongs to the same model
 
 
 @dataclass(frozen=True)
 class Prefill:
     """One layer's prefill, as scorers see it.
 
-    query: [B, H, T_q, D], the last T_q tokens' queries (T_q = window, or T for a scorer that needs all);
-    key: [B, H_kv, T, D], after RoPE; num_padding: left padding of each row; scaling, softcap, sliding_window: the
-    layer's attention; window: the number of most recent tokens that are kept anyway.
+    query: [B, H, T_q, D], the last T_q tokens' queries; key: [B, H_kv, T, D], after RoPE; num_padding: left padding of
+    each row; scaling, softcap, sliding_window: the layer's attention; window, sinks: the numbers of most recent and of
+    first tokens that are kept anyway; value: [B, H_kv, T, D]; parts: of the layer's module.
     """
 
     layer: int
@@ -38,6 +55,37 @@ class Prefill:
     softcap: float | None
     sliding_window: int | None
     window: int
+    sinks: int = 0
+    value: Tensor | None = None
+    parts: LayerParts | None = None
+
+    def shown(self, needs: Sequence[Need]) -> Prefill:
+        """This prefill (with all queries) without what `needs` do not name."""
+        num_queries = 0
+        for need, count in (("last_query", 1), ("window_queries", self.window), ("all_queries", self.query.shape[2])):
+            num_queries = count if need in needs else num_queries
+        needs_parts = "rotary_embedding" in needs or "output_projection" in needs
+        return replace(
+            self,
+            query=self.query[:, :, -num_queries:] if num_queries else self.query[:, :, :0],
+            key=self.key if "keys" in needs else self.key[..., :0],
+            value=self.value if "values" in needs else None,
+            parts=self.parts if needs_parts else None,
+        )
+
+    @property
+    def must_stay(self) -> Tensor:
+        """bool [B, 1, T]: sinks and window, padding among them where a row is shorter."""
+        positions = self.positions
+        return (positions < self.sinks) | (positions > positions[..., -1:] - self.window)
+
+    @property
+    def must_go(self) -> Tensor:
+        """bool [B, 1, T]: padding, and what the next query cannot see; stronger than `must_stay`."""
+        if self.sliding_window is None:
+            return ~self.is_token
+        positions = self.positions
+        return ~self.is_token | (positions <= positions[..., -1:] + 1 - self.sliding_window)
 
     @property
     def is_token(self) -> Tensor:
@@ -86,6 +134,11 @@ class StreamingLLM:
         return _per_head(prefill, prefill.positions)
 
 
+def _kv_heads(scores: Tensor) -> Tensor:
+    """Of query heads [B, H_kv, G, T] to KV heads [B, H_kv, T]: the mean over the group that shares a KV head."""
+    return scores.mean(2)
+
+
 class H2O:
     """Attention received from all queries so far (arXiv 2306.14048), truly causal: the paper's evaluation code is
     causal only inside the window. Column sums in chunks of queries, never [H, T, T]; mean over the GQA group."""
@@ -93,7 +146,7 @@ class H2O:
     def score(self, prefill: Prefill, parameters: Mapping[str, ParameterValue]) -> Tensor:
         total = torch.zeros_like(prefill.key[..., 0], dtype=torch.float32)
         for probabilities in prefill.attention():
-            total += probabilities.sum(3).mean(2)
+            total += _kv_heads(probabilities.sum(3))
         return total
 
 
@@ -105,7 +158,7 @@ class SnapKV:
 
     def score(self, prefill: Prefill, parameters: Mapping[str, ParameterValue]) -> Tensor:
         kernel = int(parameters["kernel"])
-        received = torch.cat(list(prefill.attention()), 3).mean((2, 3))  # [B, H_kv, T]
+        received = _kv_heads(torch.cat(list(prefill.attention()), 3).mean(3))  # [B, H_kv, T]
         num_before = max(0, received.shape[-1] - prefill.window)
         before, window = received[..., :num_before], received[..., num_before:]
         if num_before and parameters["pooling"] == "max":
@@ -124,6 +177,140 @@ class KNorm:
         return -norm
 
 
+class Tova:
+    """The last query's attention, mean over all heads of the layer, so that its heads keep the same tokens (arXiv
+    2401.06104)."""
+
+    def score(self, prefill: Prefill, parameters: Mapping[str, ParameterValue]) -> Tensor:
+        (probabilities,) = prefill.attention()  # [B, H_kv, G, 1, T]
+        return _per_head(prefill, _kv_heads(probabilities[..., 0, :]).mean(1, keepdim=True))
+
+
+class KeyDiff:
+    """Keys unlike the others are kept: minus the cosine to the mean of the head's normalized keys (arXiv 2504.15364).
+
+    In float64, so that the mean does not depend on how a batch is laid out.
+    """
+
+    def score(self, prefill: Prefill, parameters: Mapping[str, ParameterValue]) -> Tensor:
+        directions = F.normalize(prefill.key.double(), dim=-1).masked_fill(~prefill.is_token[..., None], 0)
+        mean = F.normalize(directions.sum(2, keepdim=True), dim=-1)
+        cosine: Tensor = (directions * mean).sum(-1)
+        return -cosine.float()
+
+
+class CriticalKV:
+    """A share of the budget by snapkv's score, the rest by score x L1 norm of W_o v, both largest first (arXiv
+    2502.03805).
+
+    Differs from the paper, whose first stage takes half of a budget that a score does not know: tokens are ordered by
+    the better of their two places, counted at the pace of `first_stage` to the rest. The first n tokens of that order
+    hold the first_stage * n best of the first stage whatever n is. The score of the token at place r is the r-th
+    largest product, so heads compare by what their tokens weigh. The norm is the mean over the GQA group, as in the
+    authors' code; tokens that stay or go anyway take no place.
+    """
+
+    def score(self, prefill: Prefill, parameters: Mapping[str, ParameterValue]) -> Tensor:
+        first = SNAPKV.score(prefill, parameters)
+        second = (first + float(parameters["epsilon"])) * _kv_heads(_projected_norms(prefill))
+        lowest, highest = prefill.must_go.expand_as(first), prefill.must_stay & ~prefill.must_go
+        share, best = float(parameters["first_stage"]), []
+        for stage, pace in ((first, share), (second, 1 - share)):
+            order = stage.masked_fill(highest, float("inf")).masked_fill(lowest, float("-inf"))
+            places = order.sort(dim=-1, descending=True, stable=True).indices.argsort(-1).double() + 1
+            best.append(places / pace if pace else torch.full_like(places, float("inf")))
+        merged = torch.minimum(*best).sort(dim=-1, stable=True).indices
+        is_candidate = ~(lowest | highest)
+        products = second.masked_fill(highest, float("inf")).masked_fill(lowest, float("-inf"))
+        placed = torch.zeros_like(second).scatter_(-1, merged, products.sort(dim=-1, descending=True).values)
+        return torch.where(is_candidate, placed, second)
+
+
+def _projected_norms(prefill: Prefill) -> Tensor:
+    """L1 norm of what each token's value adds to the layer's output through each query head: float32
+    [B, H_kv, G, T]. Never [H, T, hidden]: one head and TOKEN_CHUNK tokens at a time."""
+    assert prefill.value is not None and prefill.parts is not None
+    value, num_heads, head_size = prefill.value, prefill.value.shape[1], prefill.value.shape[-1]
+    weights = prefill.parts.output_projection.unflatten(1, (num_heads, -1, head_size))  # [hidden, H_kv, G, D]
+    heads = [
+        torch.cat([(x @ weights[:, head, g].T).float().abs().sum(-1) for x in value[:, head].split(TOKEN_CHUNK, 1)], 1)
+        for head in range(num_heads)
+        for g in range(weights.shape[2])
+    ]
+    norms: Tensor = torch.stack(heads, 1).unflatten(1, (num_heads, -1))
+    return norms
+
+
+class ExpectedAttention:
+    """The attention that the next `future_tokens` queries are expected to pay, times the norm of the value (arXiv
+    2510.00636).
+
+    Queries before RoPE are taken as Gaussian with the prompt's mean and covariance; RoPE is averaged over the future
+    positions; E exp(q.k) = exp(mu.k + k.Sigma.k / 2), softmax over the tokens, mean over the GQA group. Sinks, whose
+    queries and keys are outliers, count neither in the moments nor in the softmax (a prompt of nothing else: all do).
+    Queries before RoPE come from those after it, turned back. Softcap and sliding window are left aside, as in the
+    authors' code. Moments in float64, so that they do not depend on how a batch is laid out.
+    """
+
+    def score(self, prefill: Prefill, parameters: Mapping[str, ParameterValue]) -> Tensor:
+        assert prefill.value is not None and prefill.parts is not None
+        counted = prefill.is_token & (prefill.positions >= prefill.sinks)
+        counted = torch.where(counted.any(-1, keepdim=True), counted, prefill.is_token)  # [B, 1, T]
+        mean, covariance = _query_moments(prefill, counted)  # [B, H, D], [B, H, D, D]
+        rotate = _mean_rotation(prefill, int(parameters["future_tokens"]))
+        mean, covariance = rotate(mean), rotate(rotate(covariance).transpose(-1, -2))
+        num_heads = prefill.key.shape[1]
+        mean = mean.unflatten(1, (num_heads, -1)) * prefill.scaling  # [B, H_kv, G, D]
+        covariance = covariance.unflatten(1, (num_heads, -1)) * (prefill.scaling**2 / 2)
+        logits = []
+        for key in prefill.key.double().split(TOKEN_CHUNK, 2):  # [B, H_kv, t, D]
+            key = key[:, :, None]
+            logits.append((mean[..., None, :] * key).sum(-1) + ((key @ covariance) * key).sum(-1))
+        expected = torch.cat(logits, -1).masked_fill(~counted[:, :, None], float("-inf")).softmax(-1)
+        norms = torch.linalg.vector_norm(prefill.value.double(), dim=-1)
+        scores: Tensor = (_kv_heads(expected) + float(parameters["epsilon"])) * norms
+        return scores.float()
+
+
+def _query_moments(prefill: Prefill, counted: Tensor) -> tuple[Tensor, Tensor]:
+    """Mean [B, H, D] and covariance [B, H, D, D] of the counted tokens' queries before RoPE, float64."""
+    assert prefill.parts is not None
+    number = counted.sum(-1, keepdim=True)[..., None].double()  # [B, 1, 1, 1]
+    total: Tensor | float = 0.0
+    squares: Tensor | float = 0.0
+    for start in range(0, prefill.key.shape[2], TOKEN_CHUNK):
+        tokens = slice(start, start + TOKEN_CHUNK)
+        cos, sin = prefill.parts.rotary_embedding(prefill.positions[:, 0, tokens].clamp(min=0))
+        cos, sin = cos.double()[:, None], sin.double()[:, None]  # [B, 1, t, D]
+        query = prefill.query[:, :, tokens].double()
+        query = (query * cos - _half_turn(query) * sin) / (cos.square() + sin.square())
+        query = query.masked_fill(~counted[..., tokens, None], 0)
+        total = total + query.sum(2)
+        squares = squares + query.transpose(-1, -2) @ query
+    mean = total / number[..., 0]
+    return mean, squares / number - mean[..., :, None] * mean[..., None, :]
+
+
+def _mean_rotation(prefill: Prefill, num_tokens: int) -> Callable[[Tensor], Tensor]:
+    """The mean of RoPE over the next `num_tokens` positions of each row: a linear map of the last axis of
+    [B, H, ..., D]."""
+    assert prefill.parts is not None
+    after = prefill.positions[:, 0, -1:] + 1 + torch.arange(num_tokens, device=prefill.key.device)
+    cos, sin = (x.double().mean(1) for x in prefill.parts.rotary_embedding(after))  # [B, D]
+
+    def rotate(x: Tensor) -> Tensor:
+        shape = (x.shape[0], *[1] * (x.ndim - 2), x.shape[-1])
+        return x * cos.reshape(shape) + _half_turn(x) * sin.reshape(shape)
+
+    return rotate
+
+
+def _half_turn(x: Tensor) -> Tensor:
+    """RoPE's partner of each channel: (x1, x2) -> (-x2, x1), halves of the last axis."""
+    first, second = x.chunk(2, -1)
+    return torch.cat([-second, first], -1)
+
+
 class Random:
     """The control: a fixed pseudo-random number for each (seed, layer, head, position)."""
 
@@ -136,10 +323,15 @@ class Random:
         return (mixed ^ (mixed >> 16)).float() / 2**32
 
 
+SNAPKV = SnapKV()
 SCORERS: dict[str, Scorer] = {
     "streamingllm": StreamingLLM(),
     "h2o": H2O(),
-    "snapkv": SnapKV(),
+    "snapkv": SNAPKV,
     "knorm": KNorm(),
+    "tova": Tova(),
+    "keydiff": KeyDiff(),
+    "criticalkv": CriticalKV(),
+    "expected_attention": ExpectedAttention(),
     "random": Random(),
 }

@@ -13,6 +13,7 @@ import qpkv_runtime.attention  # noqa: F401  (registers the attention function "
 from qpkv_planner.allocation import Choice, Space
 from qpkv_planner.allocation import model_section as section_of
 from qpkv_runtime.errors import BudgetError
+from qpkv_runtime.methods import SCORERS
 from qpkv_runtime.models import model_shape
 from qpkv_runtime.models.resolve import SMOLLM2_PACKAGE
 from qpkv_runtime.plan import Decode, Model, Plan, Scorer
@@ -126,7 +127,7 @@ def random_plan(model: PreTrainedModel, seed: int, budget: str | None = None, **
         budget or chance.choice(["1/2", "1/3", "30%", "1/4", "0.4"]),
         **{
             "decode": reserve,
-            "scorer": Scorer(name=chance.choice(["snapkv", "h2o", "streamingllm", "knorm", "random"])),
+            "scorer": Scorer(name=chance.choice(list(SCORERS))),
             **changes,
         },
     )

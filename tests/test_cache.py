@@ -6,16 +6,18 @@ import copy
 
 import pytest
 import torch
-from conftest import SLIDING, keep_all, lossless_space, make_model, make_space, prompts, random_plan
+from conftest import FAMILIES, SLIDING, keep_all, lossless_space, make_model, make_space, prompts, random_plan
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from transformers import DynamicCache
 
 from qpkv_planner.allocation import uniform
-from qpkv_runtime.cache import PlannedCache
-from qpkv_runtime.errors import BudgetError, CacheError, InputError, NumericsError, PlanError
+from qpkv_runtime.cache import PlannedCache, PlannedLayer
+from qpkv_runtime.errors import BudgetError, CacheError, InputError, NumericsError, PlanError, UnsupportedModelError
 from qpkv_runtime.ledger import make_ledger
+from qpkv_runtime.methods import SCORERS
 from qpkv_runtime.plan import Decode, Plan, Scorer
+from qpkv_runtime.scorers import Prefill, _query_moments
 
 GREEDY = {"do_sample": False, "max_new_tokens": 24}
 
@@ -81,7 +83,8 @@ def test_left_padded_rows_get_what_they_get_alone(family):
     ids = torch.cat([long, torch.cat([torch.zeros(1, 27, dtype=torch.long), short], 1)])
     mask = torch.ones_like(ids)
     mask[1, :27] = 0
-    for seed, scorer in enumerate(["snapkv", "h2o", "streamingllm", "knorm", "random"]):
+    first = 3 * list(FAMILIES).index(family)  # three scorers for each family, every one in several families
+    for seed, scorer in enumerate([*SCORERS, *SCORERS][first % len(SCORERS) :][:3]):
         plan = random_plan(model, seed, "1/3", scorer=Scorer(name=scorer))
         caches = [PlannedCache.from_plan(plan, model) for _ in range(3)]
         both = model.generate(ids, attention_mask=mask, past_key_values=caches[0], **GREEDY)
@@ -202,15 +205,56 @@ def test_beams_reset_and_deepcopy_work():
     model.set_attn_implementation("sdpa")
     assert torch.equal(beams, model.generate(ids, num_beams=3, **GREEDY))
     model.set_attn_implementation("qpkv")
-    cache = PlannedCache.from_plan(random_plan(model, 3), model)
+    plan = random_plan(model, 3, scorer=Scorer(name="criticalkv"))
+    cache = PlannedCache.from_plan(plan, model)
     first = model.generate(ids, past_key_values=cache, **GREEDY)
     cache.reset()
     assert torch.equal(first, model.generate(ids, past_key_values=cache, **GREEDY))
     cache.reset()
     with torch.no_grad():
         model(ids[:, :-1], past_key_values=cache)
-    again = [model.generate(ids, past_key_values=copy.deepcopy(cache), **GREEDY) for _ in range(2)]
+    copies = [copy.deepcopy(cache) for _ in range(2)]
+    again = [model.generate(ids, past_key_values=one, **GREEDY) for one in copies]
     assert torch.equal(*again)
+    weight = model.get_decoder().layers[0].self_attn.o_proj.weight
+    assert copies[0].layers[0].parts.output_projection.data_ptr() == weight.data_ptr(), "a copy holds no weights"
+
+
+@pytest.mark.parametrize("family", ["llama", "qwen3", "gemma2", "gemma3"])
+def test_the_rotary_embedding_of_each_layer_turns_its_queries_back(family, monkeypatch):
+    """What expected attention takes as queries before RoPE are the model's own, in global and in sliding layers."""
+    model = make_model(family, rope_scaling={"rope_type": "linear", "factor": 3.0} if family == "llama" else None)
+    before, after = [], []
+    for layer in model.get_decoder().layers:
+        last = getattr(layer.self_attn, "q_norm", None) or layer.self_attn.q_proj
+        last.register_forward_hook(lambda module, args, out: before.append(out))
+    prefill = PlannedLayer.prefill
+
+    def record(layer, query, key, *rest):
+        counted = torch.ones(1, 1, 70, dtype=torch.bool)
+        state = Prefill(0, query, key, [0], 1.0, None, None, 1, parts=layer.parts)
+        after.append(_query_moments(state, counted))
+        return prefill(layer, query, key, *rest)
+
+    monkeypatch.setattr(PlannedLayer, "prefill", record)
+    plan = random_plan(model, 0, scorer=Scorer(name="expected_attention"))
+    with torch.no_grad():
+        model(prompts(1, 70), past_key_values=PlannedCache.from_plan(plan, model))
+    before = [x if x.shape[1] == 4 else x.reshape(1, 70, 4, -1).transpose(1, 2) for x in before]
+    assert len(before) == len(after) == plan.model.num_layers
+    for query, (mean, covariance) in zip(before, after, strict=True):
+        assert torch.allclose(mean.float(), query.mean(2), atol=1e-5 * query.abs().max().item())
+        centred = (query - query.mean(2, keepdim=True)).double()
+        expected = centred.transpose(-1, -2) @ centred / 70
+        assert (covariance - expected).abs().max() < 1e-5 * expected.abs().max()
+
+
+def test_a_scorer_that_looks_at_weights_refuses_a_model_that_has_none_in_memory():
+    model = make_model("llama")
+    plan = random_plan(model, 0, scorer=Scorer(name="criticalkv"))
+    model.get_decoder().layers[1].self_attn.o_proj = torch.nn.Identity()
+    with pytest.raises(UnsupportedModelError, match="layer 1's output projection"):
+        PlannedCache.from_plan(plan, model)
 
 
 def test_crop_other_attention_and_other_shapes_give_clear_errors():

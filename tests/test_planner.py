@@ -22,14 +22,14 @@ from qpkv_planner.measurement import Evaluator, Losses, interval
 from qpkv_planner.planner import describe
 from qpkv_planner.prefill import _ContextRun, prepare
 from qpkv_planner.texts import SPLITS, references, speeches
-from qpkv_runtime.cache import PlannedCache
+from qpkv_runtime.cache import PlannedCache, layer_parts
 from qpkv_runtime.compression import Scoring
 from qpkv_runtime.errors import InputError, NumericsError
 from qpkv_runtime.models import load_model, load_tokenizer, model_shape
 from qpkv_runtime.plan import Decode, Scorer, load_plan, parse_plan
 
 TOKENS = 384
-SCORERS = ("snapkv", "h2o")
+SCORERS = ("snapkv", "h2o", "criticalkv", "expected_attention")
 
 
 @pytest.fixture(scope="module")
@@ -111,25 +111,23 @@ def test_cached_prefill_gives_bitwise_the_kept_tokens_and_codes_of_a_fresh_one(t
         "16bit",
     ]
     allocation = tuple(Choice(space.legal_tokens(i, 60 + 10 * i, format), format) for i, format in enumerate(formats))
+    parts = layer_parts(model)
     for scorer in SCORERS:
         scored = replace(space, scorer=Scorer(name=scorer))
         plan = scored.probe(allocation)
         evaluator = Evaluator(model, prepared)
         row = 0
         for index in (0, 1, 2):  # parts of one context each, in this order
-            run = _ContextRun(model, space.shape, search_split.contexts[index])
+            run = _ContextRun(model, space.shape, search_split.contexts[index], parts)
             for sample in range(len(search_split.contexts[index].samples)):
                 target = prepared.targets[min(row, len(prepared) - 1), : prepared.lengths[min(row, len(prepared) - 1)]]
                 if tuple(target.tolist()) != search_split.contexts[index].samples[sample].continuation:
                     continue  # left out: the full cache cannot answer it
-                fresh = PlannedCache(plan, [torch.device("cpu")] * space.shape.num_layers)
+                fresh = PlannedCache(plan, [torch.device("cpu")] * space.shape.num_layers, parts)
                 scoring = Scoring.of(scored.scorer, space.sinks, space.window)
                 for layer, cached in enumerate(fresh.layers):
-                    prefill = run.prefill(layer, sample, space.window)
-                    past, last = run.layers[layer].past, run.layers[layer].last
-                    own = prefill.key.shape[2] - past[2].shape[2]
-                    value = torch.cat([past[2], last[2][sample : sample + 1, :, :own]], 2)
-                    cached.prefill(prefill.query, prefill.key, value, None, prefill.scaling, None)
+                    prefill = run.prefill(layer, sample, scoring)
+                    cached.prefill(prefill.query, prefill.key, prefill.value, None, prefill.scaling, None)
                     layout = fresh.ledger.layers[layer]
                     block = evaluator._block(scored, plan, scoring, layout, allocation[layer], index)
                     in_part = row - prepared.part_starts[index]

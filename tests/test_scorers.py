@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass, replace
+from functools import cache
 from typing import Any
 
 import pytest
@@ -21,7 +22,7 @@ from qpkv_runtime.errors import PlanError
 from qpkv_runtime.methods import SCORERS as FACTS
 from qpkv_runtime.methods import scorer_parameters
 from qpkv_runtime.plan import Scorer
-from qpkv_runtime.scorers import QUERY_CHUNK, SCORERS, Prefill
+from qpkv_runtime.scorers import QUERY_CHUNK, SCORERS, LayerParts, Prefill
 
 WINDOW = 5
 INF = float("inf")
@@ -52,29 +53,35 @@ over_cases = pytest.mark.parametrize("case", CASES.values(), ids=CASES.keys())
 def make_prefill(
     case: Case, tokens: int, num_padding: list[int] | None = None, seed: int = 0, **changes: Any
 ) -> Prefill:
-    """Sharp random queries and keys, D = 8; padding holds as large numbers as tokens do."""
+    """Sharp random queries, keys and values, D = 8; padding holds as large numbers as tokens do."""
     generator, rows = torch.Generator().manual_seed(seed), len(num_padding or [0])
     query = torch.randn(rows, 4, tokens, 8, generator=generator) * 2
     key = torch.randn(rows, case.kv_heads, tokens, 8, generator=generator) * 2
-    prefill = Prefill(1, query, key, num_padding or [0], case.scaling, case.softcap, case.sliding_window, window=WINDOW)
+    prefill = Prefill(
+        1, query, key, num_padding or [0], case.scaling, case.softcap, case.sliding_window, window=WINDOW, sinks=2,
+        value=torch.randn(rows, case.kv_heads, tokens, 8, generator=generator),
+        parts=LayerParts(torch.randn(12, 32, generator=generator), rotary_embedding),
+    )  # fmt: skip
     return replace(prefill, **changes)
 
 
-def shown(name: str, prefill: Prefill) -> Prefill:
-    """What the registry's facts say the scorer may see."""
-    needs_all = FACTS[name].needs == "all_queries"
-    return prefill if needs_all else replace(prefill, query=prefill.query[:, :, -prefill.window :])
+FREQUENCIES = [0.9, 0.3, 0.1, 0.03]  # of each of the D / 2 pairs of channels
+
+
+def rotary_embedding(positions: Tensor) -> tuple[Tensor, Tensor]:
+    angles = positions[..., None].double() * torch.tensor([*FREQUENCIES, *FREQUENCIES], dtype=torch.float64)
+    return angles.cos(), angles.sin()
 
 
 def score(name: str, prefill: Prefill, **parameters: Any) -> Tensor:
-    return SCORERS[name].score(shown(name, prefill), scorer_parameters(name, parameters))
+    return SCORERS[name].score(prefill.shown(FACTS[name].needs), scorer_parameters(name, parameters))
 
 
 def row_alone(prefill: Prefill, row: int) -> Prefill:
     """One row of a batch without its padding."""
     n = prefill.num_padding[row]
-    query, key = prefill.query[row : row + 1, :, n:], prefill.key[row : row + 1, :, n:]
-    return replace(prefill, query=query, key=key, num_padding=[0])
+    query, key, value = (x[row : row + 1, :, n:] for x in (prefill.query, prefill.key, prefill.value))
+    return replace(prefill, query=query, key=key, value=value, num_padding=[0])
 
 
 # --- the reference -------------------------------------------------------------------------------------------------
@@ -114,6 +121,17 @@ def naive_score(name: str, prefill: Prefill, row: int, kv_head: int, parameters:
         return [float(j - padding) for j in range(num_tokens)]
     if name == "knorm":
         return [-float(prefill.key[row, kv_head, j].double().norm()) for j in range(num_tokens)]
+    if name == "keydiff":
+        keys = [prefill.key[row, kv_head, j].double() for j in range(num_tokens)]
+        mean = sum(key / key.norm() for key in keys[padding:]) / (num_tokens - padding)
+        return [-float(key @ mean / (key.norm() * mean.norm())) for key in keys]
+    if name == "expected_attention":
+        return naive_expected_attention(prefill, row, kv_head, parameters)
+    if name == "criticalkv":
+        return naive_criticalkv(prefill, row, kv_head, parameters)
+    if name == "tova":
+        heads = [naive_probabilities(prefill, row, head)[-1] for head in range(prefill.query.shape[1])]
+        return [sum(p[j] for p in heads) / len(heads) for j in range(num_tokens)]
     groups = prefill.query.shape[1] // prefill.key.shape[1]
     heads = [naive_probabilities(prefill, row, kv_head * groups + g) for g in range(groups)]
     window = min(prefill.window, num_tokens)
@@ -125,6 +143,68 @@ def naive_score(name: str, prefill: Prefill, row: int, kv_head: int, parameters:
     before = received[padding : max(padding, num_tokens - prefill.window)]
     pooled = naive_pool(before, parameters["kernel"], parameters["pooling"])
     return [*([0.0] * padding), *pooled, *received[padding + len(pooled) :]]
+
+
+def naive_criticalkv(prefill: Prefill, row: int, kv_head: int, parameters: dict[str, Any]) -> list[float]:
+    """snapkv's score, and that times the norm of W_o v; tokens in the order of their better place in the two lists."""
+    num_tokens, padding = prefill.key.shape[2], prefill.num_padding[row]
+    first = naive_score("snapkv", prefill, row, kv_head, parameters)
+    groups, size = prefill.query.shape[1] // prefill.key.shape[1], prefill.key.shape[-1]
+    second = []
+    for j in range(num_tokens):
+        norms = []
+        for head in range(kv_head * groups, (kv_head + 1) * groups):
+            weight = prefill.parts.output_projection[:, head * size : (head + 1) * size].double()
+            norms.append(float((weight @ prefill.value[row, kv_head, j].double()).abs().sum()))
+        second.append((first[j] + parameters["epsilon"]) * sum(norms) / groups)
+    oldest = max(padding, num_tokens + 1 - (prefill.sliding_window or num_tokens + 1))
+    forced = [j for j in range(oldest, num_tokens) if j - padding < prefill.sinks or j >= num_tokens - prefill.window]
+    free = [j for j in range(oldest, num_tokens) if j not in forced]
+    best = {}
+    for scores, pace in ((first, parameters["first_stage"]), (second, 1 - parameters["first_stage"])):
+        for place, j in enumerate(sorted(free, key=lambda j: (-scores[j], j)), len(forced) + 1):
+            best[j] = min(best.get(j, INF), place / pace)
+    products, scores = sorted((second[j] for j in free), reverse=True), list(second)
+    for product, j in zip(products, sorted(free, key=lambda j: (best[j], j)), strict=True):
+        scores[j] = product
+    return scores
+
+
+def turned(x: Tensor, position: int) -> Tensor:
+    """RoPE of one vector at one position, pair by pair."""
+    out, half = x.clone(), len(FREQUENCIES)
+    for i, frequency in enumerate(FREQUENCIES):
+        cos, sin = math.cos(position * frequency), math.sin(position * frequency)
+        out[i], out[half + i] = x[i] * cos - x[half + i] * sin, x[half + i] * cos + x[i] * sin
+    return out
+
+
+@cache
+def naive_mean_rotation(length: int, future_tokens: int) -> Tensor:
+    basis, future = torch.eye(8, dtype=torch.float64), range(length, length + future_tokens)
+    return sum(torch.stack([turned(e, position) for e in basis], 1) for position in future) / len(future)
+
+
+def naive_expected_attention(prefill: Prefill, row: int, kv_head: int, parameters: dict[str, Any]) -> list[float]:
+    num_tokens, padding = prefill.key.shape[2], prefill.num_padding[row]
+    groups = prefill.query.shape[1] // prefill.key.shape[1]
+    counted = list(range(padding + prefill.sinks, num_tokens)) or list(range(padding, num_tokens))
+    rotation = naive_mean_rotation(num_tokens - padding, parameters["future_tokens"])
+    expected = [0.0] * num_tokens
+    for head in range(kv_head * groups, (kv_head + 1) * groups):
+        queries = torch.stack([turned(prefill.query[row, head, j].double(), -(j - padding)) for j in counted])
+        mean = rotation @ queries.mean(0)
+        covariance = rotation @ torch.cov(queries.T, correction=0).reshape(8, 8) @ rotation.T
+        logits = {}
+        for j in counted:
+            key = prefill.key[row, kv_head, j].double() * prefill.scaling
+            logits[j] = float(mean @ key + key @ covariance @ key / 2)
+        top = max(logits.values())
+        total = sum(math.exp(logit - top) for logit in logits.values())
+        for j in counted:
+            expected[j] += math.exp(logits[j] - top) / total / groups
+    norms = [float(prefill.value[row, kv_head, j].double().norm()) for j in range(num_tokens)]
+    return [(p + parameters["epsilon"]) * norm for p, norm in zip(expected, norms, strict=True)]
 
 
 def relative_error(got: Tensor, prefill: Prefill, name: str, **parameters: Any) -> float:
@@ -174,6 +254,20 @@ def test_scores_equal_the_naive_float64_reference(name, case, tokens):
     assert error < 2e-6  # float32 logits of up to ~20: 20 * 2**-24 in the exponent, and sums of 23
 
 
+@pytest.mark.parametrize("name", [name for name in SCORERS if name != "random"])
+@over_cases
+def test_kept_sets_equal_the_naive_references(name, case):
+    """Among equals the older token, in both."""
+    prefill = make_prefill(case, 23, [0, 7])
+    order = rank(score(name, prefill).masked_fill(~prefill.is_token, -INF)).order
+    for row, padding in enumerate(prefill.num_padding):
+        for head in range(case.kv_heads):
+            expected = naive_score(name, prefill, row, head, scorer_parameters(name, {}))
+            by_importance = sorted(range(padding, 23), key=lambda j: (-expected[j], j))
+            for kept in (1, 6, 15):
+                assert set(order[row, head, :kept].tolist()) == set(by_importance[:kept])
+
+
 @over_scorers
 @over_cases
 def test_rows_of_a_left_padded_batch_score_as_alone(name, case):
@@ -184,19 +278,36 @@ def test_rows_of_a_left_padded_batch_score_as_alone(name, case):
         alone = score(name, row_alone(prefill, row))
         difference = (got[row : row + 1, :, padding:] - alone).abs().max().item()
         assert difference <= 1e-6 * alone.abs().max().item()  # float32 sums over a longer, zero-padded row
-        if FACTS[name].needs in ("positions", "keys"):
+        if not {"last_query", "window_queries", "all_queries"} & set(FACTS[name].needs):
             assert difference == 0
 
 
 @over_scorers
 def test_heads_and_rows_do_not_see_each_other(name):
-    """Another head's keys and queries, or another row's, change nothing."""
+    """Another head's keys and queries, or another row's, change nothing; tova's heads vote together."""
     prefill = make_prefill(CASES["gqa"], 23, [0, 4])
     before = score(name, prefill)
     query, key = prefill.query.clone(), prefill.key.clone()
     query[0], key[0], query[1, :2], key[1, 0] = 9, -9, 5, 5
     after = score(name, replace(prefill, query=query, key=key))
-    assert torch.equal(before[1, 1], after[1, 1])
+    if name != "tova":
+        assert torch.equal(before[1, 1], after[1, 1])
+    query[1], key[1] = prefill.query[1], prefill.key[1]
+    assert torch.equal(before[1], score(name, replace(prefill, query=query, key=key))[1])
+
+
+@over_scorers
+def test_a_scorer_is_shown_what_it_says_it_needs_and_nothing_else(name):
+    prefill, needs = make_prefill(CASES["gqa"], 23, [0, 4]), set(FACTS[name].needs)
+    shown = prefill.shown(FACTS[name].needs)
+    queries = {"last_query": 1, "window_queries": WINDOW, "all_queries": 23}
+    num_shown = [queries[need] for need in needs if need in queries] or [0]
+    assert num_shown == [shown.query.shape[2]]
+    assert torch.equal(shown.query, prefill.query[:, :, 23 - num_shown[0] :])
+    assert shown.key.shape[-1] == (8 if "keys" in needs else 0)
+    assert (shown.value is not None) == ("values" in needs)
+    assert (shown.parts is not None) == bool(needs & {"rotary_embedding", "output_projection"})
+    assert needs <= {*queries, "positions", "keys", "values", "rotary_embedding", "output_projection"}
 
 
 @over_scorers
@@ -243,6 +354,21 @@ def test_h2o_of_a_prefix_is_what_its_queries_give_in_a_longer_prompt(case):
         difference = score("h2o", long) - given_later
         assert difference[..., tokens:].abs().max().item() < 1e-5
         assert (difference[..., :tokens] - score("h2o", prefix)).abs().max().item() < 1e-5
+
+
+def test_h2o_of_the_past_is_unchanged_when_future_tokens_change():
+    """Future queries that look only at themselves, whatever they are: what they change is their own score."""
+    now, totals = 15, []
+    for seed in (1, 2):
+        prefill = make_prefill(CASES["mha"], 23)
+        future = torch.randn(1, 4, 23 - now, 8, generator=torch.Generator().manual_seed(seed)) * 30
+        prefill.query[:, :, now:], prefill.key[:, :, now:] = future, future
+        totals.append(score("h2o", prefill))
+    prefix = make_prefill(CASES["mha"], 23)
+    alone = score("h2o", replace(prefix, query=prefix.query[:, :, :now], key=prefix.key[:, :, :now]))
+    assert not torch.allclose(totals[0][..., now:], totals[1][..., now:])
+    for total in totals:
+        assert (total[..., :now] - alone).abs().max().item() < 1e-5
 
 
 def test_h2o_gives_out_one_of_probability_per_query():
@@ -310,6 +436,57 @@ def test_snapkv_is_shown_only_the_windows_queries():
     assert torch.equal(observations[0].query_moment, observations[1].query_moment)
 
 
+def test_tova_is_the_last_querys_attention_and_the_same_in_all_heads():
+    prefill = make_prefill(CASES["gqa"], 23)
+    prefill.key[:, :, 9] = prefill.query[:, ::2, -1] * 5
+    got = score("tova", prefill)
+    assert torch.equal(got[:, 0], got[:, 1]) and rank(got).order[0, 0, 0] == 9
+    assert torch.allclose(got.sum(-1), torch.ones(1, 2), atol=1e-6)
+
+
+def test_keydiff_keeps_the_key_that_is_unlike_the_others():
+    prefill = make_prefill(Case(), 23)
+    prefill.key[:] += 6
+    prefill.key[0, 1, 8] = -prefill.key[0, 1, 8]
+    assert rank(score("keydiff", prefill)).order[0, 1, 0] == 8
+
+
+@pytest.mark.parametrize("share", [0.0, 0.25, 0.5, 1.0])
+def test_criticalkv_keeps_the_first_stages_share_by_score_alone_whatever_the_budget(share):
+    """At any n the n best hold the share * n best of snapkv; with all of it they are snapkv's, with none the
+    products'."""
+    prefill = make_prefill(CASES["mha"], 40, window=1, sinks=0)
+    orders = [
+        [[j for j in head if j != 39] for head in rank(scores).order[0].tolist()]  # the window's token stays anyway
+        for scores in (score("snapkv", prefill, kernel=1), score("criticalkv", prefill, kernel=1, first_stage=share))
+    ]
+    for by_score, merged in zip(*orders, strict=True):
+        for n in range(1, 40):
+            assert set(by_score[: int(share * n)]) <= set(merged[:n])
+        if share == 1:
+            assert merged == by_score
+
+
+def test_criticalkv_prefers_the_value_that_weighs_more_in_the_output():
+    prefill = make_prefill(CASES["mha"], 23)
+    prefill.value[:, :, 7:9] *= 1e3
+    prefill.parts.output_projection[:, :8] = 0  # what head 0 writes nobody reads
+    got = rank(score("criticalkv", prefill, first_stage=0.0)).order
+    assert set(got[0, 3, :2].tolist()) == {7, 8}
+    assert bool((score("criticalkv", prefill)[0, 0] == 0).all())
+
+
+def test_expected_attention_finds_the_key_that_future_queries_will_look_at():
+    """Queries that are one direction before RoPE: the key of that direction, turned to where the future is."""
+    prefill = make_prefill(CASES["mha"], 23)
+    direction = torch.zeros(8)
+    direction[3] = 6.0  # of the slowest frequency: the mean over 16 positions still points the same way
+    prefill.query[:] = torch.stack([turned(direction, j) for j in range(23)])
+    prefill.key[0, 2, 11] = turned(direction, 31)
+    prefill.value[:] = torch.nn.functional.normalize(prefill.value, dim=-1)
+    assert rank(score("expected_attention", prefill, future_tokens=16)).order[0, 2, 0] == 11
+
+
 def test_random_depends_on_seed_layer_head_and_position_alone():
     def of(layer: int = 1, seed: int = 0, **changes: Any) -> Tensor:
         return score("random", make_prefill(Case(), 400, layer=layer, **changes), seed=seed)
@@ -338,6 +515,8 @@ def test_parameters_are_checked_by_name_type_and_range():
         ("h2o", {"kernel": 7}, "not a parameter"),
         ("random", {"seed": -1}, "at least 0"),
         ("snap", {}, "one of streamingllm"),
+        ("criticalkv", {"first_stage": 1.5}, "at most 1.0"),
+        ("criticalkv", {"epsilon": float("nan")}, "finite"),
     ):
         with pytest.raises(PlanError, match=message):
             scorer_parameters(name, values)
