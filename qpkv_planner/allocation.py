@@ -41,14 +41,18 @@ def format_name(quantizer: str, key_bits: int, value_bits: int) -> str:
 
 @lru_cache(maxsize=1024)
 def format_named(name: str) -> Format:
-    """The format of a name that `format_name` makes. Raises InputError for another."""
+    """The format of a name that `format_name` makes, with groups (`g32`) and a share of outliers (`o0.01`) where they
+    are not the quantizer's own. Raises InputError for another."""
     if name == "16bit":
         return Format(keys=TensorFormat(quantizer="16bit", bits=16), values=TensorFormat(quantizer="16bit", bits=16))
-    match = re.fullmatch(r"([a-z]+)-k(\d+)v(\d+)", name)
+    match = re.fullmatch(r"([a-z_]+)-k(\d+)(?:g(\d+))?v(\d+)(?:g(\d+))?(?:o(0\.\d+))?", name)
     if match is None:
-        raise InputError(f"a format is 16bit or like rotated-k4v2, got {name!r}")
+        raise InputError(f"a format is 16bit or like rotated-k4v2 or kivi-k4g32v2g32o0.01, got {name!r}")
     keys, values = (
-        {"quantizer": match[1] if int(bits) < 16 else "16bit", "bits": int(bits)} for bits in (match[2], match[3])
+        {"quantizer": match[1], "bits": int(bits), "group": group and int(group), "outliers": share and float(share)}
+        if int(bits) < 16
+        else {"quantizer": "16bit", "bits": 16}
+        for bits, group, share in ((match[2], match[3], match[6]), (match[4], match[5], match[6]))
     )
     try:
         return Format(keys=TensorFormat.model_validate(keys), values=TensorFormat.model_validate(values))

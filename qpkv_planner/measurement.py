@@ -240,7 +240,7 @@ class Evaluator:
             )
         num_rows = prepared.part_starts[part + 1] - prepared.part_starts[part]
         block = torch.zeros(num_rows, layout.stored_bytes, dtype=torch.uint8, device=layer.keys.device)
-        write_block(block, layout, tiers, ranked.query_moment[rows])
+        write_block(block, layout, tiers, ranked.query_stats[rows])
         return block
 
     def _losses(self, hidden: Tensor, rows: list[int]) -> Losses:

@@ -33,10 +33,10 @@ ANSWERABLE_NATS = 1.0  # a question on which the full cache does worse than this
 
 @dataclass(frozen=True)
 class Ranked:
-    """One layer under one scoring: the importance order and the query moments [N, H_kv, D] of all samples."""
+    """One layer under one scoring: the importance order and the query statistics [N, H_kv, 2, D] of all samples."""
 
     ranking: Ranking
-    query_moment: Tensor
+    query_stats: Tensor
 
 
 @dataclass(frozen=True)
@@ -239,7 +239,7 @@ def prepare(
             for row in kept:
                 for scoring in scorings:
                     observation = observe(scoring, run.prefill(layer, row, scoring))
-                    observed[layer][scoring].append((observation.importance[0], observation.query_moment[0]))
+                    observed[layer][scoring].append((observation.importance[0], observation.query_stats[0]))
         progress()
     part_starts += [len(samples)] * (num_parts + 1 - len(part_starts))
     lengths = [len(sample.continuation) for _, sample in samples]
@@ -276,7 +276,7 @@ def _rank_all(observed: list[tuple[Tensor, Tensor]]) -> Ranked:
     """Importances [H_kv, T] of every sample, left-padded to one length and ranked."""
     ranking = rank(_left_pad([importance for importance, _ in observed], float("-inf")))
     return Ranked(
-        Ranking(ranking.order.to(torch.int32), ranking.num_allowed), torch.stack([moment for _, moment in observed])
+        Ranking(ranking.order.to(torch.int32), ranking.num_allowed), torch.stack([stats for _, stats in observed])
     )
 
 

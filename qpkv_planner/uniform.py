@@ -53,7 +53,7 @@ def uniform_plan(
 
 
 def _parse(setting: str) -> tuple[str, str]:
-    match = re.fullmatch(r"([a-z0-9]+):([a-z0-9]+):(?:(\d+)bit|k(\d+)v(\d+))", setting)
+    match = re.fullmatch(r"([a-z0-9]+):([a-z0-9_]+):(?:(\d+)bit|k(\d+)v(\d+))", setting)
     if match is None:
         raise InputError(f"--uniform is SCORER:QUANTIZER:BITS, such as snapkv:kivi:4bit, got {setting!r}")
     scorer, quantizer = match[1], match[2]

@@ -123,7 +123,7 @@ class PlannedLayer(CacheLayerMixin):
             )
             selections = select(rank(observation.importance), [tier.tokens for tier in self.plan.layers[layer].tiers])
             tiers = [gather(selection, keys, values, num_padding) for selection in selections]
-            write_block(self.rows.block(layer, num_rows), self.layout, tiers, observation.query_moment)
+            write_block(self.rows.block(layer, num_rows), self.layout, tiers, observation.query_stats)
         self.prompt_tokens = [num_tokens - padding for padding in num_padding]
         if layer == 0 and max(self.prompt_tokens) > self.plan.budget.context_tokens:
             warnings.warn(

@@ -7,7 +7,7 @@ computed from them but scores, so a stored 16-bit prefill is as good as the live
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 
 import torch
@@ -16,14 +16,15 @@ from torch import Tensor
 from qpkv_kernels import packing
 from qpkv_runtime import scorers
 from qpkv_runtime.errors import NumericsError
-from qpkv_runtime.ledger import LayerLedger
-from qpkv_runtime.methods import QUANTIZERS, SCORERS, ParameterValue
+from qpkv_runtime.ledger import LayerLedger, place_bytes
+from qpkv_runtime.methods import SCORERS, ParameterValue
 from qpkv_runtime.plan import Format, Scorer, TensorFormat
-from qpkv_runtime.quantizers import KEY_QUANTIZERS, ROTATED, VALUE_QUANTIZERS, Encoded
+from qpkv_runtime.quantizers import KEY_QUANTIZERS, VALUE_QUANTIZERS, Encoded
 from qpkv_runtime.scorers import Prefill
 
 STORAGE_DTYPES = {"float16": torch.float16, "bfloat16": torch.bfloat16}
 LARGEST_STORED = 2.0**60  # of a bfloat16: the squares of larger ones, which scales are searched by, overflow float32
+HeadVectors = Mapping[str, Tensor]  # quantizer -> the vectors it stores of every head, 16-bit [B, H_kv, vectors, D]
 USE_BFLOAT16 = "; plan with storage_dtype bfloat16"
 
 
@@ -50,12 +51,12 @@ class Scoring:
 class Observation:
     """What is remembered of a layer's prefill besides keys and values.
 
-    importance: float32 [B, H_kv, T], +inf must stay, -inf must go; query_moment: E q**2 over the window's queries and
-    the GQA group, float32 [B, H_kv, D].
+    importance: float32 [B, H_kv, T], +inf must stay, -inf must go; query_stats: float32 [B, H_kv, 2, D], over the GQA
+    group: E q**2 of the window's queries and max |q| of all.
     """
 
     importance: Tensor
-    query_moment: Tensor
+    query_stats: Tensor
 
 
 @dataclass(frozen=True)
@@ -108,7 +109,10 @@ def observe(scoring: Scoring, prefill: Prefill) -> Observation:
     is_query = prefill.is_token[..., -window_queries.shape[2] :]  # [B, 1, window]
     squares = (window_queries.double() ** 2).unflatten(1, (num_heads, -1)) * is_query[:, :, None, :, None]
     num_queries = is_query.sum(-1).clamp(min=1)[..., None] * squares.shape[2]
-    return Observation(importance, (squares.sum((2, 3)) / num_queries).float())
+    moment = (squares.sum((2, 3)) / num_queries).float()
+    sizes = prefill.query.abs().masked_fill(~prefill.is_token[..., None], 0).amax(2)
+    peak = sizes.unflatten(1, (num_heads, -1)).amax(2).float()
+    return Observation(importance, torch.stack([moment, peak], 2))
 
 
 def rank(importance: Tensor) -> Ranking:
@@ -155,17 +159,17 @@ def to_storage(storage_dtype: str, layer: int, name: str, x: Tensor) -> Tensor:
     return stored
 
 
-def write_block(block: Tensor, layout: LayerLedger, tiers: Sequence[TierTensors], query_moment: Tensor) -> None:
+def write_block(block: Tensor, layout: LayerLedger, tiers: Sequence[TierTensors], query_stats: Tensor) -> None:
     """Quantize and pack one layer's tiers into `block` (uint8 [B, layout.stored_bytes]), table included."""
     num_rows, num_heads = tiers[0].keys.shape[:2]
     table = torch.zeros(num_rows, num_heads, layout.num_segments_per_head, 2, dtype=torch.int32, device=block.device)
     for segment in layout.segments:
         table[:, segment.head, segment.tier, 0] = segment.offset
-    vectors = None
+    vectors: HeadVectors = {}
     if layout.head_vectors is not None:
         keys, valid = torch.cat([t.keys for t in tiers], 2), torch.cat([t.valid for t in tiers], 2)
-        vectors = ROTATED.head_vectors(keys, valid, query_moment)
-        _put(block, layout.head_vectors.offset, vectors.flatten(1))
+        vectors = {name: KEY_QUANTIZERS[name].head_vectors(keys, valid, query_stats) for name in layout.vector_rows}
+        _put(block, layout.head_vectors.offset, torch.cat(list(vectors.values()), 2).flatten(1))
     for tier, held in enumerate(tiers):
         table[:, :, tier, 1] = held.valid.sum(-1)
         segments = [layout.segment(head, tier) for head in range(num_heads)]
@@ -180,6 +184,9 @@ def write_block(block: Tensor, layout: LayerLedger, tiers: Sequence[TierTensors]
             content[f"{side}_codes"] = encoded.codes.flatten(2) if bits == 16 else packing.pack(encoded.codes, bits)
             if encoded.scales.shape[-1]:
                 content[f"{side}_scales"] = encoded.scales
+            if encoded.outliers is not None and encoded.places is not None:
+                content[f"{side}_outliers"] = encoded.outliers
+                content[f"{side}_places"] = encoded.places.to(place_dtype(capacity, held.keys.shape[-1]))
         for head, segment in enumerate(segments):
             for name, buffer in segment.buffers.items():
                 _put(block, buffer.offset, content[name][:, head])
@@ -197,37 +204,37 @@ def side_format(format: Format, side: str) -> TensorFormat:
     return format.keys if side == "key" else format.values
 
 
-def encode(layer: int, format: Format, side: str, x: Tensor, valid: Tensor, vectors: Tensor | None) -> Encoded:
-    """side: "key" or "value"; x in the 16-bit type [B, H_kv, S, D]; vectors: the layer's head vectors, if any.
+def encode(layer: int, format: Format, side: str, x: Tensor, valid: Tensor, vectors: HeadVectors) -> Encoded:
+    """side: "key" or "value"; x in the 16-bit type [B, H_kv, S, D]; vectors: the layer's head vectors.
 
     Raises NumericsError naming layer and tensor when a scale overflows the 16-bit type, as that of a sum can.
     """
     written = side_format(format, side)
     quantizer = (KEY_QUANTIZERS if side == "key" else VALUE_QUANTIZERS)[written.quantizer]
-    encoded = quantizer.encode(x, valid, written, _own_vectors(written, side, vectors))
+    encoded = quantizer.encode(x, valid, written, vectors.get(written.quantizer) if side == "key" else None)
     if not bool(encoded.scales.isfinite().all()):
         advice = USE_BFLOAT16 if x.dtype == torch.float16 else ""
         raise NumericsError(f"layer {layer}: {side} must have finite scales, but one overflows {x.dtype}{advice}")
     return encoded
 
 
-def decode(format: Format, side: str, encoded: Encoded, vectors: Tensor | None) -> Tensor:
+def decode(format: Format, side: str, encoded: Encoded, vectors: HeadVectors) -> Tensor:
     """-> float32 [B, H_kv, S, D]."""
     written = side_format(format, side)
     quantizer = (KEY_QUANTIZERS if side == "key" else VALUE_QUANTIZERS)[written.quantizer]
-    return quantizer.decode(encoded, written, _own_vectors(written, side, vectors))
+    return quantizer.decode(encoded, written, vectors.get(written.quantizer) if side == "key" else None)
 
 
-def _own_vectors(written: TensorFormat, side: str, vectors: Tensor | None) -> Tensor | None:
-    return vectors if side == "key" and QUANTIZERS[written.quantizer].head_vectors else None
-
-
-def read_vectors(
-    block: Tensor, layout: LayerLedger, num_heads: int, head_size: int, dtype: torch.dtype
-) -> Tensor | None:
-    """[B, H_kv, vectors, D] in the plan's 16-bit type, or None for a layer that stores none."""
+def read_vectors(block: Tensor, layout: LayerLedger, num_heads: int, head_size: int, dtype: torch.dtype) -> HeadVectors:
+    """The vectors of the plan's 16-bit type that `write_block` stored."""
     if layout.head_vectors is None:
-        return None
+        return {}
     start, size = layout.head_vectors.offset, layout.head_vectors.size_bytes
     vectors = block[:, start : start + size].contiguous().view(dtype)
-    return vectors.reshape(len(block), num_heads, -1, head_size)
+    vectors = vectors.reshape(len(block), num_heads, -1, head_size)
+    return {name: vectors[:, :, rows] for name, rows in layout.vector_rows.items()}
+
+
+def place_dtype(num_tokens: int, head_size: int) -> torch.dtype:
+    """The type of the places of outliers in a segment that holds up to `num_tokens` tokens."""
+    return torch.uint16 if place_bytes(num_tokens, head_size) == 2 else torch.int32

@@ -10,20 +10,22 @@ A sequence's extent is one block per layer, in layer order. A layer's block is
     segments      for every head: one for each tier, then the reserve that decode appends to
 
 and a segment is key codes, value codes, int32 positions (only in sliding-window layers, which must know when a
-token leaves the window), key scales, value scales. Codes are packed along tokens (`qpkv_kernels.layout`), so a
-segment grows by `quantum_tokens`: 1 token at 16 bit, 2 at 8, 4 at 4, 8 at 3 and 2. Buffers start at multiples of 4
-bytes and segments of 16; that padding is counted like everything else.
+token leaves the window), key scales, value scales, and where a format keeps outliers apart their values and places,
+for keys and for values. Codes are packed along tokens (`qpkv_kernels.layout`), so a segment grows by `quantum_tokens`:
+1 token at 16 bit, 2 at 8, 4 at 4, 8 at 3, 2 and 1. Buffers start at multiples of 4 bytes and segments of 16; that
+padding is counted like everything else.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+import math
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from functools import lru_cache
 from typing import TYPE_CHECKING
 
 from qpkv_kernels import layout
-from qpkv_runtime.methods import QUANTIZERS
+from qpkv_runtime.methods import QUANTIZERS, group_size
 
 if TYPE_CHECKING:
     from qpkv_runtime.models.shape import ModelShape
@@ -65,6 +67,7 @@ class LayerLedger:
     stored_bytes: int
     table: Buffer
     head_vectors: Buffer | None
+    vector_rows: dict[str, slice]  # quantizer -> its rows of the head vectors
     segments: tuple[Segment, ...]  # all tiers of head 0, its reserve, then head 1, ...
     num_segments_per_head: int
     is_sliding: bool
@@ -130,9 +133,21 @@ def num_groups(format: TensorFormat, side: str, tokens: int, head_size: int) -> 
     facts = QUANTIZERS[format.quantizer]
     if facts.numbers_per_group == 0:
         return 0
-    if (facts.key_axis if side == "keys" else facts.value_axis) == "token":
-        return tokens * -(-head_size // (format.group or head_size))
-    return head_size * -(-tokens // (format.group or tokens or 1))
+    axis = facts.key_axis if side == "keys" else facts.value_axis
+    group = group_size(format.quantizer, axis, format.group, tokens, head_size)
+    if axis == "strided":
+        return -(-tokens * head_size // group)
+    return tokens * -(-head_size // group) if axis == "token" else head_size * -(-tokens // group)
+
+
+def num_outliers(format: TensorFormat, tokens: int, head_size: int) -> int:
+    """Places for outliers in one head's tensor [tokens, head_size]."""
+    return math.ceil((format.outliers or 0.0) * (tokens * head_size))
+
+
+def place_bytes(tokens: int, head_size: int) -> int:
+    """Bytes of an outlier's place, a number up to tokens * head_size (which says that the slot is not used)."""
+    return 2 if tokens * head_size < 2**16 else 4
 
 
 def _scales_bytes(format: TensorFormat, side: str, tokens: int, head_size: int) -> int:
@@ -150,6 +165,10 @@ def _segment_layout(format: Format, tokens: int, head_size: int, is_sliding: boo
         "key_scales": _scales_bytes(format.keys, "keys", stored, head_size),
         "value_scales": _scales_bytes(format.values, "values", stored, head_size),
     }
+    for side, written in (("key", format.keys), ("value", format.values)):
+        places = num_outliers(written, stored, head_size)
+        sizes[f"{side}_outliers"] = NUMBER_BYTES * places
+        sizes[f"{side}_places"] = place_bytes(stored, head_size) * places
     offset, buffers = 0, []
     for name, size in sizes.items():
         if size:
@@ -158,15 +177,22 @@ def _segment_layout(format: Format, tokens: int, head_size: int, is_sliding: boo
     return align(offset, SEGMENT_ALIGNMENT), tuple(buffers)
 
 
-def _head_vectors(formats: list[Format]) -> int:
-    """16-bit vectors of D numbers that a layer stores per head for these formats."""
-    return max((QUANTIZERS[format.keys.quantizer].head_vectors for format in formats), default=0)
+def vector_rows(formats: Iterable[Format]) -> dict[str, slice]:
+    """Which rows of a head's vectors [vectors, D] belong to each quantizer that has some, in a layer of these formats:
+    all its tiers and the reserve share one set."""
+    used, rows, start = {format.keys.quantizer for format in formats}, {}, 0
+    for name, facts in QUANTIZERS.items():
+        if name in used and facts.head_vectors:
+            rows[name] = slice(start, start + facts.head_vectors)
+            start += facts.head_vectors
+    return rows
 
 
 def _block_header(formats: list[Format], num_heads: int, head_size: int) -> tuple[int, int, int]:
     """(offset of the head vectors, their size, offset of the first segment)."""
     vectors_offset = align(TABLE_ENTRY_BYTES * num_heads * len(formats), SEGMENT_ALIGNMENT)
-    vectors_bytes = NUMBER_BYTES * num_heads * _head_vectors(formats) * head_size
+    num_vectors = max((rows.stop for rows in vector_rows(formats).values()), default=0)
+    vectors_bytes = NUMBER_BYTES * num_heads * num_vectors * head_size
     return vectors_offset, vectors_bytes, align(vectors_offset + vectors_bytes, SEGMENT_ALIGNMENT)
 
 
@@ -197,6 +223,7 @@ def layer_ledger(layer: int, holdings: Holdings, shape: ModelShape) -> LayerLedg
         stored_bytes=position,
         table=Buffer("table", 0, TABLE_ENTRY_BYTES * num_heads * len(holdings)),
         head_vectors=Buffer("head_vectors", vectors_offset, vectors_bytes) if vectors_bytes else None,
+        vector_rows=vector_rows(format for format, _ in holdings),
         segments=tuple(segments),
         num_segments_per_head=len(holdings),
         is_sliding=is_sliding,

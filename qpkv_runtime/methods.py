@@ -24,7 +24,7 @@ Need = Literal[
     "rotary_embedding",
     "output_projection",
 ]
-Axis = Literal["token", "channel"]
+Axis = Literal["token", "channel", "strided"]
 ParameterValue = int | float | str | bool
 
 
@@ -70,10 +70,12 @@ class QuantizerFacts:
     """How a quantizer lays out a tensor [S, D] of one head.
 
     bits: the widths it can write. key_axis / value_axis: what one group of values that share a scale runs along
-    ("token": `group` channels of one token; "channel": `group` consecutive kept tokens of one channel).
-    numbers_per_group: 16-bit numbers stored for a group (2: scale and zero, 1: scale).
+    ("token": `group` channels of one token; "channel": `group` consecutive kept tokens of one channel; "strided": every
+    n-th value of all heads of a layer). numbers_per_group: 16-bit numbers stored for a group (2: scale and zero, of a
+    code read as code * scale + zero; 1: scale, of one read as (code + 1/2 - 2**(bits - 1)) * scale).
     head_vectors: 16-bit vectors of D numbers stored once per layer and head for the keys (means, balancers).
     group: values per scale when a plan does not say; None: the whole axis is one group and a plan may not say.
+    outliers: the share of values kept apart when a plan does not say; None: none, and a plan may not ask for any.
     """
 
     paper: str
@@ -83,11 +85,7 @@ class QuantizerFacts:
     numbers_per_group: int = 0
     head_vectors: int = 0
     group: int | None = None
-
-    @property
-    def appends(self) -> bool:
-        """Whether one more token can be written without touching those before it."""
-        return self.key_axis == "token" and self.value_axis == "token"
+    outliers: float | None = None
 
 
 _POOLING = {
@@ -115,14 +113,38 @@ SCORERS: dict[str, ScorerFacts] = {
     "random": ScorerFacts("control", ("positions",), {"seed": Parameter(0, minimum=0)}),
 }
 
+LOW_BITS = (8, 4, 3, 2, 1)
 QUANTIZERS: dict[str, QuantizerFacts] = {
     "16bit": QuantizerFacts("the model's own 16-bit type", (16,)),
-    "flexgen": QuantizerFacts("arXiv 2303.06865", (8, 4, 3, 2), numbers_per_group=2, group=64),
-    "kivi": QuantizerFacts("arXiv 2402.02750", (8, 4, 3, 2), key_axis="channel", numbers_per_group=2, group=64),
+    "flexgen": QuantizerFacts("arXiv 2303.06865", LOW_BITS, numbers_per_group=2, group=64, outliers=0.0),
+    "kivi": QuantizerFacts("arXiv 2402.02750", LOW_BITS, "channel", numbers_per_group=2, group=64, outliers=0.0),
+    "kvquant": QuantizerFacts("arXiv 2401.18079", LOW_BITS, "channel", numbers_per_group=2, outliers=0.01),
+    "hqq": QuantizerFacts("mobiusml.github.io/hqq_blog", LOW_BITS, "channel", numbers_per_group=2, group=64),
+    "paper_hqq": QuantizerFacts(
+        "arXiv 2412.12706 (its code)", LOW_BITS, value_axis="strided", numbers_per_group=2, group=64
+    ),
+    "mikv": QuantizerFacts("arXiv 2402.18096", LOW_BITS, numbers_per_group=2, head_vectors=1, group=64),
     "rotated": QuantizerFacts(
-        "arXiv 2404.00456 (Hadamard), 2402.18096 (balance)", (8, 4, 3, 2), numbers_per_group=1, head_vectors=2
+        "arXiv 2404.00456 (Hadamard), 2402.18096 (balance)", LOW_BITS, numbers_per_group=1, head_vectors=2
     ),
 }
+
+
+SMALLEST_DEFAULT_GROUP = 16
+
+
+def group_size(quantizer: str, axis: Axis, group: int | None, num_tokens: int, head_size: int) -> int:
+    """How many values share a scale in a tensor [num_tokens, head_size] where a plan says `group`, or says nothing.
+
+    Without a word from the plan, groups along channels are equal: the largest divisor of the head size that is not
+    above the quantizer's group, or the whole token where that would be very small.
+    """
+    whole = num_tokens if axis == "channel" else head_size
+    wanted = group or QUANTIZERS[quantizer].group or whole
+    if axis == "token" and group is None:
+        fitting = max(size for size in range(1, min(wanted, head_size) + 1) if head_size % size == 0)
+        wanted = fitting if fitting >= SMALLEST_DEFAULT_GROUP else head_size
+    return wanted if axis == "strided" else max(1, min(wanted, whole))
 
 
 def scorer_parameters(name: str, given: Mapping[str, object]) -> dict[str, ParameterValue]:

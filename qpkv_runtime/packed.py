@@ -14,7 +14,16 @@ from torch import Tensor
 
 from qpkv_kernels import packing
 from qpkv_kernels.attention import attend
-from qpkv_runtime.compression import STORAGE_DTYPES, decode, encode, read_vectors, side_format, to_storage
+from qpkv_runtime.compression import (
+    STORAGE_DTYPES,
+    HeadVectors,
+    decode,
+    encode,
+    place_dtype,
+    read_vectors,
+    side_format,
+    to_storage,
+)
 from qpkv_runtime.ledger import LayerLedger
 from qpkv_runtime.plan import Format, Plan
 from qpkv_runtime.quantizers import Encoded
@@ -32,7 +41,7 @@ class PackedLayer:
         """int32 [B, H_kv, segments, 2]: offset in the block and tokens held, as a copy on the host."""
         return self._table().clone().cpu()
 
-    def read(self, tier: int, entries: Tensor, vectors: Tensor | None) -> tuple[Tensor, Tensor, Tensor | None]:
+    def read(self, tier: int, entries: Tensor, vectors: HeadVectors) -> tuple[Tensor, Tensor, Tensor | None]:
         """Dequantize a tier of every head: float32 keys and values [B, H_kv, S, D], int32 positions or None.
 
         entries: int32 [B, H_kv, 2], the tier's part of the table. S is the most tokens that any head holds.
@@ -49,7 +58,13 @@ class PackedLayer:
                 packed = self._buffer(f"{side}_codes", tier, offsets, torch.uint8)
                 codes = packing.unpack(packed, bits, self.head_size)
             scales = self._buffer(f"{side}_scales", tier, offsets, self.storage_dtype)
-            sides.append(decode(segment.format, side, Encoded(codes, scales), vectors)[:, :, :most])
+            outliers = places = None
+            if f"{side}_outliers" in segment.buffers:
+                outliers = self._buffer(f"{side}_outliers", tier, offsets, self.storage_dtype)
+                written_as = place_dtype(segment.capacity_tokens, self.head_size)
+                places = self._buffer(f"{side}_places", tier, offsets, written_as).long()
+            encoded = Encoded(codes, scales, outliers, places)
+            sides.append(decode(segment.format, side, encoded, vectors)[:, :, :most])
         positions = None
         if self.layout.is_sliding:
             positions = self._buffer("positions", tier, offsets, torch.int32)[..., :most]
@@ -131,12 +146,12 @@ class PackedLayer:
         self._append(new_keys, new_values, num_appended, prompt_tokens)
         return out
 
-    def _encode_new(self, side: str, x: Tensor, vectors: Tensor | None) -> Encoded:
+    def _encode_new(self, side: str, x: Tensor, vectors: HeadVectors) -> Encoded:
         valid = torch.ones(x.shape[:3], dtype=torch.bool, device=x.device)
         stored = to_storage(self.plan.model.storage_dtype, self.layout.layer, side, x)
         return encode(self.layout.layer, self._reserve_format, side, stored, valid, vectors)
 
-    def _decode_new(self, side: str, encoded: Encoded, vectors: Tensor | None) -> Tensor:
+    def _decode_new(self, side: str, encoded: Encoded, vectors: HeadVectors) -> Tensor:
         return decode(self._reserve_format, side, encoded, vectors)
 
     @property

@@ -23,7 +23,7 @@ from pydantic_core import PydanticCustomError
 
 from qpkv_runtime.errors import LedgerError, PlanError
 from qpkv_runtime.ledger import Holdings, full_bytes, make_ledger
-from qpkv_runtime.methods import QUANTIZERS, SCORERS, ParameterValue, scorer_parameters
+from qpkv_runtime.methods import QUANTIZERS, SCORERS, Axis, ParameterValue, group_size, scorer_parameters
 from qpkv_runtime.models.shape import ModelShape
 
 SCHEMA_VERSION = 1
@@ -35,20 +35,26 @@ class _Value(BaseModel):
 
 
 class TensorFormat(_Value):
-    """How one side (keys or values) of a kept token is written. group: values that share a scale."""
+    """How one side (keys or values) of a kept token is written.
+
+    group: values that share a scale. outliers: the share of each head's values that is kept apart, in 16 bit with
+    their places; its bytes are taken whether or not they are used. threshold: only those larger than it are kept apart.
+    """
 
     quantizer: str = Field(json_schema_extra={"enum": list(QUANTIZERS)})
-    bits: Literal[16, 8, 4, 3, 2]
+    bits: Literal[16, 8, 4, 3, 2, 1]
     group: int | None = Field(default=None, ge=1)
+    outliers: float | None = Field(default=None, gt=0, le=0.5)
+    threshold: float | None = Field(default=None, gt=0)
 
     @model_validator(mode="before")
     @classmethod
-    def _fill_group(cls, given: Any) -> Any:
-        """The quantizer's own group where the plan names none: a plan in memory always says it."""
-        if isinstance(given, dict) and given.get("group") is None and isinstance(given.get("quantizer"), str):
+    def _fill_outliers(cls, given: Any) -> Any:
+        """The quantizer's own share where the plan names none."""
+        if isinstance(given, dict) and given.get("outliers") is None and isinstance(given.get("quantizer"), str):
             facts = QUANTIZERS.get(given["quantizer"])
-            if facts is not None and facts.group is not None:
-                return {**given, "group": facts.group}
+            if facts is not None and facts.outliers:
+                return {**given, "outliers": facts.outliers}
         return given
 
     @model_validator(mode="after")
@@ -60,6 +66,29 @@ class TensorFormat(_Value):
             raise ValueError(f"{self.quantizer} writes {', '.join(map(str, facts.bits))} bits, got {self.bits}")
         if facts.group is None and self.group is not None:
             raise ValueError(f"{self.quantizer} takes no group, got {self.group}")
+        if facts.outliers is None and self.outliers is not None:
+            able = ", ".join(name for name, facts in QUANTIZERS.items() if facts.outliers is not None)
+            raise ValueError(f"{self.quantizer} keeps no outliers apart, got {self.outliers}; {able} can")
+        if self.threshold is not None and self.outliers is None:
+            raise ValueError(
+                f"threshold = {self.threshold} needs outliers, the largest share of the values that may be above it"
+            )
+        return self
+
+    def with_group(self, axis: Axis, head_size: int) -> TensorFormat:
+        """The same, saying its group for this head size. Raises ValueError where its group does not divide it."""
+        facts = QUANTIZERS[self.quantizer]
+        if facts.group is None:
+            return self
+        if self.group is None:
+            group = facts.group if axis == "channel" else group_size(self.quantizer, axis, None, 0, head_size)
+            return self.model_copy(update={"group": group})
+        if axis == "token" and head_size % self.group:
+            divisors = [size for size in range(head_size, 7, -1) if head_size % size == 0]
+            raise ValueError(
+                f"group must divide the head size {head_size}, got {self.group}: "
+                f"take {', '.join(map(str, divisors)) or head_size}"
+            )
         return self
 
 
@@ -71,11 +100,26 @@ class Format(_Value):
 
     @property
     def appends(self) -> bool:
-        """Whether decode can append to it: no group may cross tokens."""
+        """Whether decode can append to it: no group may cross tokens, and no share of the outliers either."""
         return (
             QUANTIZERS[self.keys.quantizer].key_axis == "token"
             and QUANTIZERS[self.values.quantizer].value_axis == "token"
+            and self.keys.outliers is None
+            and self.values.outliers is None
         )
+
+    def with_groups(self, head_size: int) -> Format:
+        """The same, both sides saying their groups for this head size (`TensorFormat.with_group`)."""
+        sides = {}
+        for side, axis in (
+            ("keys", QUANTIZERS[self.keys.quantizer].key_axis),
+            ("values", QUANTIZERS[self.values.quantizer].value_axis),
+        ):
+            try:
+                sides[side] = getattr(self, side).with_group(axis, head_size)
+            except ValueError as error:
+                raise ValueError(f"{side}.{error}") from None
+        return Format(**sides)
 
 
 class Model(_Value):
@@ -285,9 +329,11 @@ class Plan(_Value):
         for where, name in [*names, ("decode.format", self.decode.format)]:
             if name not in self.formats:
                 raise ValueError(f"{where} must name one of formats ({', '.join(self.formats)}), got {name!r}")
+        self._say_groups()
         if not self.formats[self.decode.format].appends:
             raise ValueError(
-                f"decode.format must be a per-token format, got {self.decode.format!r} whose groups cross tokens"
+                f"decode.format must be a per-token format, got {self.decode.format!r} whose groups "
+                "or outliers cross tokens"
             )
         forced = self.sinks + self.window
         for i, layer in enumerate(self.layers):
@@ -297,6 +343,16 @@ class Plan(_Value):
             raise ValueError("calibrated must be true exactly when there is a calibration section")
         self._check_bytes()
         return self
+
+    def _say_groups(self) -> None:
+        """A plan in memory, and so in its file, always says its groups."""
+        formats = {}
+        for name, format in self.formats.items():
+            try:
+                formats[name] = format.with_groups(self.model.head_size)
+            except ValueError as error:
+                raise ValueError(f"formats.{name}.{error}") from None
+        object.__setattr__(self, "formats", formats)  # frozen for everyone else
 
     def _check_bytes(self) -> None:
         budget = self.budget
@@ -388,6 +444,8 @@ _RULES = {
     "extra_forbidden": "unknown key",
     "missing": "missing",
     "greater_than_equal": "must be at least {ge}",
+    "greater_than": "must be above {gt}",
+    "less_than_equal": "must be at most {le}",
     "literal_error": "must be {expected}",
     "too_short": "must not be empty",
     "int_type": "must be a whole number",

@@ -36,8 +36,7 @@ NAMES = [
     "16bit",
     *(
         format_name(quantizer, keys, values)
-        for quantizer in QUANTIZERS
-        if quantizer != "16bit"
+        for quantizer in ("flexgen", "kivi", "rotated")  # per token, across tokens, with head vectors
         for keys in (16, *LOW_BIT)
         for values in (16, *LOW_BIT)
         if not keys == values == 16
@@ -416,7 +415,18 @@ def test_a_format_goes_by_its_name(quantizer):
             assert (format.keys.bits, format.values.bits) == (keys, values)
             assert format.keys.quantizer == (quantizer if keys < 16 else "16bit")
             assert format.values.quantizer == (quantizer if values < 16 else "16bit")
-            assert format.keys.group == QUANTIZERS[format.keys.quantizer].group, "the group is the table's"
+            assert format.keys.group is None, "the quantizer's own, for the plan's head size"
+
+
+def test_groups_and_outliers_stand_in_a_name_where_they_are_not_the_quantizers_own():
+    format = format_named("kivi-k2g32v3g16o0.01")
+    assert (format.keys.bits, format.keys.group, format.keys.outliers) == (2, 32, 0.01)
+    assert (format.values.bits, format.values.group, format.values.outliers) == (3, 16, 0.01)
+    assert format_named("kvquant-k4v4").keys.outliers == 0.01
+    with pytest.raises(InputError, match="hqq keeps no outliers apart"):
+        format_named("hqq-k4v4o0.01")
+    with pytest.raises(InputError, match="rotated takes no group"):
+        format_named("rotated-k4g32v4")
 
 
 def test_names_are_of_one_format_each():
@@ -434,7 +444,7 @@ def test_what_is_no_name_is_an_input_error(name):
         format_named(name)
 
 
-@pytest.mark.parametrize("name", ["kiwi-k4v4", "rotated-k5v4", "kivi-k4v1"])
+@pytest.mark.parametrize("name", ["kiwi-k4v4", "rotated-k5v4", "kivi-k4v7"])
 def test_an_unknown_quantizer_or_width_in_a_name_is_an_input_error(name):
     with pytest.raises(InputError):
         format_named(name)

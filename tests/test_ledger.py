@@ -40,11 +40,11 @@ from qpkv_runtime.models import KNOWN_MODELS
 from qpkv_runtime.models.shape import ModelShape
 from qpkv_runtime.packed import PackedLayer
 from qpkv_runtime.plan import Decode, Format, Layer, Plan, TensorFormat, Tier, parse_plan
-from qpkv_runtime.quantizers import ROTATED
+from qpkv_runtime.quantizers import KEY_QUANTIZERS
 
 NUMBER = 2  # bytes of a scale, a zero, a mean, a 16-bit element
 GROUPS = (None, 1, 3, 16, 64, 128, 1000)
-QUANTUM = {16: 1, 8: 2, 4: 4, 3: 8, 2: 8}
+QUANTUM = {16: 1, 8: 2, 4: 4, 3: 8, 2: 8, 1: 8}
 
 
 def make_shape(heads: int, head_size: int, windows: tuple[int | None, ...], groups: int = 1) -> ModelShape:
@@ -269,10 +269,12 @@ def test_every_quantizer_writes_exactly_the_bytes_the_ledger_gives_it(format, to
     assert tokens <= capacity < tokens + quantum_tokens(format)
     x = torch.randn(1, heads, capacity, head_size).half()
     valid = torch.ones(1, heads, capacity, dtype=torch.bool)
-    vectors = None
+    vectors = {}
     if layout.head_vectors is not None:
-        vectors = ROTATED.head_vectors(x, valid, torch.ones(1, heads, head_size))
-        assert vectors.numel() * vectors.element_size() == layout.head_vectors.size_bytes
+        vectors = {
+            n: KEY_QUANTIZERS[n].head_vectors(x, valid, torch.ones(1, heads, 2, head_size)) for n in layout.vector_rows
+        }
+        assert sum(v.numel() * v.element_size() for v in vectors.values()) == layout.head_vectors.size_bytes
     written = {"positions": 4 * capacity} if window else {}
     for side, bits in (("key", format.keys.bits), ("value", format.values.bits)):
         encoded = encode(0, format, side, x, valid, vectors)
@@ -280,6 +282,10 @@ def test_every_quantizer_writes_exactly_the_bytes_the_ledger_gives_it(format, to
         codes = encoded.codes if bits == 16 else packing.pack(encoded.codes, bits)
         written[f"{side}_codes"] = codes[0, 0].numel() * codes.element_size()
         written[f"{side}_scales"] = encoded.scales.shape[-1] * NUMBER
+        if encoded.outliers is not None:
+            written[f"{side}_outliers"] = encoded.outliers.shape[-1] * NUMBER
+            assert int(encoded.places.max()) <= capacity * head_size
+            written[f"{side}_places"] = encoded.places.shape[-1] * (2 if capacity * head_size < 2**16 else 4)
     assert {name: buffer.size_bytes for name, buffer in segment.buffers.items()} == {
         k: v for k, v in written.items() if v
     }
@@ -299,7 +305,7 @@ def test_a_written_block_touches_no_byte_outside_its_buffers(holdings, head_size
         held.append(TierTensors(x, x + 1, torch.arange(tokens, dtype=torch.int32).expand(1, 2, -1), valid))
     blocks = [torch.full((1, layout.stored_bytes), poison, dtype=torch.uint8) for poison in (0x5A, 0xA5)]
     for block in blocks:
-        write_block(block, layout, held, torch.ones(1, 2, head_size))
+        write_block(block, layout, held, torch.ones(1, 2, 2, head_size))
     is_written = blocks[0][0] == blocks[1][0]
     expected = torch.zeros(layout.stored_bytes, dtype=torch.bool)
     for name, buffer in layout.buffers():
@@ -402,7 +408,7 @@ def test_one_tier_cut_into_two_of_the_same_format_holds_the_same_tokens():
 
 
 def read_tier(packed: PackedLayer, tier: int) -> tuple[torch.Tensor, torch.Tensor]:
-    keys, values, _ = packed.read(tier, packed.table()[:, :, tier], None)
+    keys, values, _ = packed.read(tier, packed.table()[:, :, tier], {})
     return keys, values
 
 

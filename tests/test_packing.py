@@ -15,8 +15,8 @@ from qpkv_kernels import layout, packing
 from qpkv_kernels.hadamard import hadamard, hadamard_product
 from qpkv_runtime.ledger import codes_bytes
 
-BITS = (8, 4, 3, 2)
-QUANTUM = {16: 1, 8: 2, 4: 4, 3: 8, 2: 8}
+BITS = (8, 4, 3, 2, 1)
+QUANTUM = {16: 1, 8: 2, 4: 4, 3: 8, 2: 8, 1: 8}
 HEAD_SIZES = (64, 80, 96, 128, 256)
 BLOCKS = {2: 2, 6: 2, 64: 64, 80: 16, 96: 32, 128: 128, 256: 256}
 
@@ -30,7 +30,7 @@ def naive_pack(codes: Tensor, bits: int) -> bytes:
     first) little-endian words, ordered by word, then channel."""
     num_tokens, head_size = codes.shape
     packed, shift = b"", 0
-    for plane in {8: (8,), 4: (4,), 3: (2, 1), 2: (2,)}[bits]:
+    for plane in {8: (8,), 4: (4,), 3: (2, 1), 2: (2,), 1: (1,)}[bits]:
         word_bits = 8 if plane == 1 else 16
         per_word = word_bits // plane  # s
         for i in range(num_tokens // per_word):

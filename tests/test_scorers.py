@@ -433,7 +433,7 @@ def test_snapkv_is_shown_only_the_windows_queries():
         for p in (prefill, changed)
     ]
     assert torch.equal(observations[0].importance, observations[1].importance)
-    assert torch.equal(observations[0].query_moment, observations[1].query_moment)
+    assert torch.equal(observations[0].query_stats, observations[1].query_stats)
 
 
 def test_tova_is_the_last_querys_attention_and_the_same_in_all_heads():
@@ -560,13 +560,13 @@ def test_rows_of_a_left_padded_batch_are_observed_as_alone(name, case):
         assert torch.equal(got.isinf(), expected.isinf()) and torch.equal(got[got.isinf()], expected[expected.isinf()])
         scale = expected[expected.isfinite()].abs().max().item() if bool(expected.isfinite().any()) else 0.0
         assert bool(((got - expected)[expected.isfinite()].abs() <= 1e-6 * scale).all())
-        assert torch.allclose(together.query_moment[row], alone.query_moment[0], rtol=1e-6)
+        assert torch.allclose(together.query_stats[row], alone.query_stats[0], rtol=1e-6)
 
 
 @pytest.mark.parametrize("window", [1, 4, 40])
 def test_the_query_moment_is_the_mean_square_of_the_windows_queries(window):
     prefill = make_prefill(Case(), 23, [0, 21])
-    moment = observe(Scoring.of(Scorer(name="knorm"), 0, window), replace(prefill, window=window)).query_moment
+    moment = observe(Scoring.of(Scorer(name="knorm"), 0, window), replace(prefill, window=window)).query_stats[:, :, 0]
     assert moment.shape == (2, 2, 8) and moment.dtype == torch.float32
     for row, padding in enumerate(prefill.num_padding):
         queries = prefill.query[row, :, max(padding, 23 - window) :].double().unflatten(0, (2, 2))

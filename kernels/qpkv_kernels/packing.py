@@ -1,4 +1,4 @@
-"""Codes of 8, 4, 3 and 2 bits, packed along tokens.
+"""Codes of 8, 4, 3, 2 and 1 bits, packed along tokens.
 
 A plane of b bits is little-endian words of 16 bits; word i of a channel holds tokens i*s .. i*s + s - 1, s = 16 / b,
 token i*s + j in bits b*j .. b*j + b - 1 (`layout.py` has the planes of each width). Words are packed along tokens,
