@@ -131,12 +131,13 @@ def min_max(groups: Tensor, member: Tensor, bits: int, number: torch.dtype) -> T
     return torch.stack([scale, zero], -1)
 
 
-LP_NORM, BETA, KAPPA, NUM_STEPS = 0.7, 10.0, 1.01, 20
+LP_NORM, BETA, NUM_STEPS = 0.7, 10.0, 20
 
 
 def half_quadratic(groups: Tensor, member: Tensor, bits: int, number: torch.dtype) -> Tensor:
     """HQQ's zero (https://mobiusml.github.io/hqq_blog): min-max's scale, and a zero moved to where the sum over the
-    group of |error| ** 0.7 is small, by alternating a shrinkage of the errors with their mean. As `min_max`.
+    group of |error| ** 0.7 is small, by alternating a shrinkage of the errors with their mean. As `min_max`. As in
+    hqq 0.2.8 the shrinkage keeps its strength: its `kappa` is read and not used.
 
     Differs from the released code: each group stops at its own best step, not all of them when their mean error
     stops falling, so that a group's codes do not depend on what else is quantized beside it; and the zero is in the
@@ -144,19 +145,18 @@ def half_quadratic(groups: Tensor, member: Tensor, bits: int, number: torch.dtyp
     """
     scale, zero = min_max(groups, member, bits, number).float().unbind(-1)
     count = member.sum(-1).clamp(min=1)
-    best_zero, best_error, beta = zero, torch.full_like(zero, float("inf")), BETA
-    for _ in range(NUM_STEPS):
+    best_zero, best_error = zero, torch.full_like(zero, float("inf"))
+    for _ in range(NUM_STEPS + 1):  # the last is only measured
         codes = _round(groups, scale, zero, bits)
         error = (groups - codes * scale[..., None] - zero[..., None]).masked_fill_(~member, 0)
         size = error.abs()
         mean_error = (size.sum(-1, dtype=torch.float64) / count).float()
         best_zero = torch.where(mean_error < best_error, zero, best_zero)
         best_error = torch.minimum(mean_error, best_error)
-        shrunk = error.sign().mul_(size.sub_(size.pow(LP_NORM - 1).div_(beta)).clamp_(min=0))
+        shrunk = error.sign().mul_(size.sub_(size.pow(LP_NORM - 1).div_(BETA)).clamp_(min=0))
         # the mean of the values less their codes, were the large errors not there
         moved = (groups - shrunk - codes * scale[..., None]).masked_fill_(~member, 0)
         zero = (moved.sum(-1, dtype=torch.float64) / count).float().to(number).float()
-        beta *= KAPPA
     return torch.stack([scale, best_zero], -1).to(number)
 
 

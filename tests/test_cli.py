@@ -735,7 +735,9 @@ def test_show_lists_every_method_with_its_metadata(qpkv_show: Command) -> None:
     ended = qpkv_show("--methods")
     listed = [line.split("  ")[0] for line in ended.out.splitlines()]
     assert set(SCORERS) | set(QUANTIZERS) <= set(listed)
-    assert re.search(r"snapkv +keys, window queries +kernel 7, pooling max \(max or average\) +arXiv 2404.14469", ended.out)
+    assert re.search(
+        r"snapkv +keys, window queries +kernel 7, pooling max \(max or average\) +arXiv 2404.14469", ended.out
+    )
     data = json.loads(qpkv_show("--methods", "--json").out)
     assert data["scorers"]["random"]["parameters"] == {"seed": 0}
     bits = {name: facts["key_metadata_bits_per_element"] for name, facts in data["quantizers"].items()}
