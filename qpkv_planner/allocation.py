@@ -16,9 +16,22 @@ from pydantic import ValidationError
 
 from qpkv_runtime.budget import limit_bytes
 from qpkv_runtime.errors import BudgetError, InputError
-from qpkv_runtime.ledger import Holdings, align, full_bytes, layer_bytes, quantum_tokens
+from qpkv_runtime.ledger import align, full_bytes, layer_bytes, quantum_tokens
 from qpkv_runtime.models.shape import ModelShape
-from qpkv_runtime.plan import Budget, Calibration, Decode, Format, Layer, Model, Plan, Scorer, TensorFormat, Tier
+from qpkv_runtime.plan import (
+    UNIFORM,
+    Budget,
+    Calibration,
+    Decode,
+    Format,
+    Heads,
+    Layer,
+    Model,
+    Plan,
+    Scorer,
+    TensorFormat,
+    Tier,
+)
 
 DEFAULT_CONTEXT_TOKENS = 2048  # what a ratio refers to, where neither the user nor a shorter model says otherwise
 
@@ -65,7 +78,8 @@ def format_named(name: str) -> Format:
 class Space:
     """Everything about a plan but its allocation.
 
-    requested: the budget as asked; context_tokens: what a ratio refers to; decode: the reserve, part of the budget.
+    requested: the budget as asked; context_tokens: what a ratio refers to; decode: the reserve, part of the budget;
+    heads: how a layer's heads share its tokens, of all layers alike or of each.
     """
 
     model: Model
@@ -75,15 +89,22 @@ class Space:
     sinks: int
     window: int
     decode: Decode
+    heads: Heads | tuple[Heads, ...] = UNIFORM
     _bytes: dict[tuple[int, Choice], int] = field(default_factory=dict, init=False, compare=False, repr=False)
 
     @classmethod
     def of_plan(cls, plan: Plan) -> Space:
         """The space a plan was chosen from."""
         budget = plan.budget
+        own = tuple(plan.heads_of(layer) for layer in range(plan.model.num_layers))
         return cls(
-            plan.model, budget.requested, budget.context_tokens, plan.scorer, plan.sinks, plan.window, plan.decode
-        )
+            plan.model, budget.requested, budget.context_tokens, plan.scorer, plan.sinks, plan.window, plan.decode,
+            own[0] if len(set(own)) == 1 else own,
+        )  # fmt: skip
+
+    def heads_of(self, layer: int) -> Heads:
+        """How the layer's heads share its tokens."""
+        return self.heads if isinstance(self.heads, Heads) else self.heads[layer]
 
     @cached_property
     def shape(self) -> ModelShape:
@@ -101,11 +122,18 @@ class Space:
         """What a layer weighs under a choice, its reserve included."""
         key = (layer, choice)
         if key not in self._bytes:
-            held: Holdings = ((format_named(choice.format), choice.tokens),)
+            shape, heads = self.shape, self.heads_of(layer)
+            held = heads.share_out(
+                ((format_named(choice.format), choice.tokens),),
+                shape.num_kv_heads,
+                self.sinks + self.window,
+                self.most_tokens(layer),
+            )
             reserve = (format_named(self.decode.format), self.decode.reserve_tokens)
-            is_sliding = self.shape.sliding_windows[layer] is not None
-            shape = self.shape
-            self._bytes[key] = layer_bytes((*held, reserve), shape.num_kv_heads, shape.head_size, is_sliding)
+            is_sliding = shape.sliding_windows[layer] is not None
+            self._bytes[key] = layer_bytes(
+                (*held, reserve), shape.num_kv_heads, shape.head_size, is_sliding, heads.share == "adaptive"
+            )
         return self._bytes[key]
 
     def bytes(self, allocation: Sequence[Choice]) -> int:
@@ -118,18 +146,25 @@ class Space:
     def least_tokens(self, layer: int, format: str) -> int:
         """Sinks and window, rounded up to the storage quantum: the rest of it is free."""
         forced = align(self.sinks + self.window, quantum_tokens(format_named(format)))
-        return max(self.sinks + self.window, min(forced, self.most_tokens(layer)))
+        return max(self.sinks + self.window, min(forced, self._full_tokens(layer, format)))
+
+    def _full_tokens(self, layer: int, format: str) -> int:
+        """`most_tokens`, in whole quanta where heads divide them."""
+        most, is_divided = self.most_tokens(layer), self.heads_of(layer).share != "uniform"
+        return align(most, quantum_tokens(format_named(format))) if is_divided else most
 
     def legal_tokens(self, layer: int, tokens: float, format: str) -> int:
         """The largest legal count not above `tokens` (or the least there is)."""
         quantum = quantum_tokens(format_named(format))
-        if tokens >= self.most_tokens(layer):
-            return max(self.most_tokens(layer), self.least_tokens(layer, format))
+        most = self._full_tokens(layer, format)
+        if tokens >= most:
+            return max(most, self.least_tokens(layer, format))
         return max(int(tokens) // quantum * quantum, self.least_tokens(layer, format))
 
     def one_more(self, layer: int, choice: Choice) -> Choice | None:
         """The choice with one more storage quantum, or None where the layer holds all it can."""
-        more = min(choice.tokens + quantum_tokens(format_named(choice.format)), self.most_tokens(layer))
+        quantum = quantum_tokens(format_named(choice.format))
+        more = min(choice.tokens + quantum, self._full_tokens(layer, choice.format))
         return replace(choice, tokens=more) if more > choice.tokens else None
 
     def least_bytes(self, formats: Sequence[str]) -> int:
@@ -208,7 +243,14 @@ class Space:
             sinks=self.sinks,
             window=self.window,
             formats={name: format_named(name) for name in names},
-            layers=tuple(Layer(tiers=(Tier(tokens=c.tokens, format=c.format),)) for c in allocation),
+            heads=self.heads if isinstance(self.heads, Heads) else UNIFORM,
+            layers=tuple(
+                Layer(
+                    tiers=(Tier(tokens=c.tokens, format=c.format),),
+                    heads=None if isinstance(self.heads, Heads) else self.heads[layer],
+                )
+                for layer, c in enumerate(allocation)
+            ),
             decode=self.decode,
             calibration=calibration,
         )

@@ -22,7 +22,7 @@ from transformers import PreTrainedModel
 from qpkv_planner.allocation import Allocation, Choice, Space
 from qpkv_planner.prefill import Prepared
 from qpkv_runtime.cache import PlannedCache, layer_devices
-from qpkv_runtime.compression import Scoring, TierTensors, select, write_block
+from qpkv_runtime.compression import Scoring, TierTensors, keep, write_block
 from qpkv_runtime.errors import NumericsError
 from qpkv_runtime.ledger import LayerLedger
 from qpkv_runtime.plan import Interval, Plan
@@ -210,7 +210,8 @@ class Evaluator:
         self, space: Space, plan: Plan, scoring: Scoring, layout: LayerLedger, choice: Choice, part: int
     ) -> Tensor:
         """One layer's packed block of one part's samples, made once."""
-        key = (scoring, space.decode.format, space.decode.reserve_tokens, layout.layer, choice, part)
+        heads = plan.heads_of(layout.layer)
+        key = (scoring, heads, space.decode.format, space.decode.reserve_tokens, layout.layer, choice, part)
         if key not in self._blocks:
             block = self._compress(plan, scoring, layout, part)
             self._held_bytes += block.nbytes
@@ -222,10 +223,9 @@ class Evaluator:
     def _compress(self, plan: Plan, scoring: Scoring, layout: LayerLedger, part: int) -> Tensor:
         prepared, layer = self.prepared, self.prepared.layers[layout.layer]
         rows = slice(prepared.part_starts[part], prepared.part_starts[part + 1])
-        ranked = layer.ranked[scoring]
+        scored = layer.scored[scoring]
         tiers = []
-        tier_tokens = [tier.tokens for tier in plan.layers[layout.layer].tiers]
-        for selection in select(ranked.ranking.of_rows(rows), tier_tokens):
+        for selection in keep(plan, layout.layer, scored.importance[rows]):
             valid = selection.valid
             token_rows = prepared.token_rows[rows, None].expand(-1, valid.shape[1], -1).gather(2, selection.rows)
             heads = torch.arange(valid.shape[1], device=valid.device)[:, None]
@@ -240,7 +240,7 @@ class Evaluator:
             )
         num_rows = prepared.part_starts[part + 1] - prepared.part_starts[part]
         block = torch.zeros(num_rows, layout.stored_bytes, dtype=torch.uint8, device=layer.keys.device)
-        write_block(block, layout, tiers, ranked.query_stats[rows])
+        write_block(block, layout, tiers, scored.query_stats[rows])
         return block
 
     def _losses(self, hidden: Tensor, rows: list[int]) -> Losses:

@@ -23,7 +23,7 @@ from qpkv_kernels.attention import causal_attention
 from qpkv_planner.calibration import Context, Sample, Split
 from qpkv_runtime.attention import Handle
 from qpkv_runtime.cache import layer_parts
-from qpkv_runtime.compression import Ranking, Scoring, observe, rank, to_storage
+from qpkv_runtime.compression import Scoring, observe, to_storage
 from qpkv_runtime.errors import NumericsError
 from qpkv_runtime.models.shape import ModelShape
 from qpkv_runtime.scorers import LayerParts, Prefill
@@ -32,10 +32,11 @@ ANSWERABLE_NATS = 1.0  # a question on which the full cache does worse than this
 
 
 @dataclass(frozen=True)
-class Ranked:
-    """One layer under one scoring: the importance order and the query statistics [N, H_kv, 2, D] of all samples."""
+class Scored:
+    """One layer under one scoring, of all samples: importances float32 [N, H_kv, T], left-padded with -inf, and query
+    statistics [N, H_kv, 2, D]. Importances, not their order: adaptive heads compare them, and a sort is cheap."""
 
-    ranking: Ranking
+    importance: Tensor
     query_stats: Tensor
 
 
@@ -45,7 +46,7 @@ class PreparedLayer:
 
     keys: Tensor
     values: Tensor
-    ranked: dict[Scoring, Ranked]
+    scored: dict[Scoring, Scored]
 
 
 @dataclass(frozen=True)
@@ -254,7 +255,7 @@ def prepare(
             PreparedLayer(
                 torch.cat(keys[layer]),
                 torch.cat(values[layer]),
-                {scoring: _rank_all(observed[layer][scoring]) for scoring in scorings},
+                {scoring: _stack(observed[layer][scoring]) for scoring in scorings},
             )
             for layer in range(shape.num_layers)
         ),
@@ -272,12 +273,10 @@ def prepare(
     )
 
 
-def _rank_all(observed: list[tuple[Tensor, Tensor]]) -> Ranked:
-    """Importances [H_kv, T] of every sample, left-padded to one length and ranked."""
-    ranking = rank(_left_pad([importance for importance, _ in observed], float("-inf")))
-    return Ranked(
-        Ranking(ranking.order.to(torch.int32), ranking.num_allowed), torch.stack([stats for _, stats in observed])
-    )
+def _stack(observed: list[tuple[Tensor, Tensor]]) -> Scored:
+    """Importances [H_kv, T] and query statistics of every sample, left-padded to one length."""
+    importance = _left_pad([importance for importance, _ in observed], float("-inf"))
+    return Scored(importance, torch.stack([stats for _, stats in observed]))
 
 
 def _left_pad(rows: list[Tensor], fill: float) -> Tensor:

@@ -26,7 +26,7 @@ from transformers.cache_utils import Cache, CacheLayerMixin
 from qpkv_kernels.attention import causal_attention
 from qpkv_runtime.arena import Arena
 from qpkv_runtime.attention import HOW_TO_LOAD, NAME, Handle
-from qpkv_runtime.compression import Scoring, gather, observe, rank, select, to_storage, write_block
+from qpkv_runtime.compression import Scoring, gather, keep, observe, to_storage, write_block
 from qpkv_runtime.errors import CacheError, PlanError, UnsupportedModelError
 from qpkv_runtime.ledger import LayerLedger, Ledger, make_ledger
 from qpkv_runtime.models.shape import ModelShape
@@ -121,7 +121,7 @@ class PlannedLayer(CacheLayerMixin):
                 to_storage(self.plan.model.storage_dtype, layer, name, x)
                 for name, x in (("key", key), ("value", value))
             )
-            selections = select(rank(observation.importance), [tier.tokens for tier in self.plan.layers[layer].tiers])
+            selections = keep(self.plan, layer, observation.importance)
             tiers = [gather(selection, keys, values, num_padding) for selection in selections]
             write_block(self.rows.block(layer, num_rows), self.layout, tiers, observation.query_stats)
         self.prompt_tokens = [num_tokens - padding for padding in num_padding]
@@ -205,9 +205,13 @@ class PlannedCache(Cache):
         return self.rows.arena.allocated_bytes if self.rows.arena is not None else 0
 
     def tokens_held(self) -> list[list[int]]:
-        """Per layer, how many tokens its first row's first head holds: in each tier, then in the reserve."""
-        layers = [cast(PlannedLayer, layer) for layer in self.layers]
-        return [layer.packed().table()[0, 0, :, 1].tolist() if layer.is_compressed else [] for layer in layers]
+        """Per layer, how many tokens the first row holds per head: in each tier, then in the reserve. The mean of its
+        heads, whole: where they differ, the plan divides a whole number."""
+        tables = [
+            layer.packed().table()[0, :, :, 1] if layer.is_compressed else None
+            for layer in cast("list[PlannedLayer]", self.layers)
+        ]
+        return [[] if table is None else (table.sum(0) // len(table)).tolist() for table in tables]
 
     def reset(self) -> None:
         """Ready for another prompt; the arena stays allocated while the batch size stays."""

@@ -16,9 +16,9 @@ from torch import Tensor
 from qpkv_kernels import packing
 from qpkv_runtime import scorers
 from qpkv_runtime.errors import NumericsError
-from qpkv_runtime.ledger import LayerLedger, place_bytes
+from qpkv_runtime.ledger import LayerLedger, Segment, place_bytes, quantum_tokens
 from qpkv_runtime.methods import SCORERS, ParameterValue
-from qpkv_runtime.plan import Format, Scorer, TensorFormat
+from qpkv_runtime.plan import Format, Plan, Scorer, TensorFormat
 from qpkv_runtime.quantizers import KEY_QUANTIZERS, VALUE_QUANTIZERS, Encoded
 from qpkv_runtime.scorers import Prefill
 
@@ -61,14 +61,12 @@ class Observation:
 
 @dataclass(frozen=True)
 class Ranking:
-    """The importance order. order: int [B, H_kv, T], most important first; num_allowed: [B, H_kv], how many of them
-    may be kept at all (the first ones)."""
+    """The importance order. order: int64 [B, H_kv, T], most important first; importance: float32 [B, H_kv, T], in that
+    order; num_allowed: [B, H_kv], how many of them may be kept at all (the first ones)."""
 
     order: Tensor
+    importance: Tensor
     num_allowed: Tensor
-
-    def of_rows(self, rows: slice) -> Ranking:
-        return Ranking(self.order[rows], self.num_allowed[rows])
 
 
 @dataclass(frozen=True)
@@ -95,6 +93,15 @@ class TierTensors:
     positions: Tensor
     valid: Tensor
 
+    def of(self, rows: Tensor, heads: Tensor, num_tokens: int) -> TierTensors:
+        """The K pairs (rows[i], heads[i]) alone, [K, 1, num_tokens, ...], filled up or cut to so many tokens."""
+
+        def taken(x: Tensor) -> Tensor:
+            x = x[rows, heads][:, None, :num_tokens]
+            return torch.nn.functional.pad(x, (0, 0) * (x.ndim - 3) + (0, num_tokens - x.shape[2]))
+
+        return TierTensors(taken(self.keys), taken(self.values), taken(self.positions), taken(self.valid))
+
 
 def observe(scoring: Scoring, prefill: Prefill) -> Observation:
     """Score a layer's tokens and mark those that must stay (sinks, window) and go (padding, out of the window).
@@ -117,23 +124,66 @@ def observe(scoring: Scoring, prefill: Prefill) -> Observation:
 
 def rank(importance: Tensor) -> Ranking:
     """Order each head's tokens by importance [B, H_kv, T]; among equals the older comes first."""
-    order = importance.sort(dim=-1, descending=True, stable=True).indices
-    return Ranking(order, (importance > float("-inf")).sum(-1))
+    ordered = importance.sort(dim=-1, descending=True, stable=True)
+    return Ranking(ordered.indices, ordered.values, (importance > float("-inf")).sum(-1))
 
 
-def select(ranking: Ranking, tier_tokens: Sequence[int]) -> list[Selection]:
-    """Hand out the importance order to the tiers. A prompt shorter than the tiers fills them from the top."""
-    num_tokens = ranking.order.shape[-1]
-    selections, start = [], 0
-    for size in tier_tokens:
-        counts = (ranking.num_allowed - start).clamp(0, size)
-        rows = ranking.order[..., start : start + size].long()
-        rows = torch.nn.functional.pad(rows, (0, size - rows.shape[-1]))
-        is_empty = torch.arange(size, device=rows.device) >= counts[..., None]
+def keep(plan: Plan, layer: int, importance: Tensor) -> list[Selection]:
+    """The tokens of each of a layer's tiers, by importance [B, H_kv, T]."""
+    ranking, heads, tiers = rank(importance), plan.heads_of(layer), plan.holdings(layer)[:-1]
+    if heads.share != "adaptive":
+        return select(ranking, [tokens for _, tokens in tiers])
+    quanta = [(tier.tokens, quantum_tokens(plan.formats[tier.format])) for tier in plan.layers[layer].tiers]
+    return select(ranking, adaptive_tokens(ranking, quanta, heads.alpha or 0.0))
+
+
+def select(ranking: Ranking, tier_tokens: Sequence[int | Sequence[int] | Tensor]) -> list[Selection]:
+    """Hand out the importance order to the tiers, each of so many tokens of every head ([H_kv] or [B, H_kv] where they
+    differ). A prompt shorter than the tiers fills them from the top."""
+    num_tokens, device = ranking.order.shape[-1], ranking.order.device
+    selections = []
+    start = torch.zeros_like(ranking.num_allowed)
+    for tokens in tier_tokens:
+        sizes = torch.as_tensor(tokens, device=device)
+        counts = (ranking.num_allowed - start).clamp(min=0).minimum(sizes)
+        slots = torch.arange(int(sizes.max()), device=device)
+        rows = ranking.order.gather(-1, (start[..., None] + slots).clamp(max=num_tokens - 1))
+        is_empty = slots >= counts[..., None]
         rows = rows.masked_fill(is_empty, num_tokens).sort(-1).values.masked_fill(is_empty, 0)
         selections.append(Selection(rows, counts))
-        start += size
+        start = start + sizes
     return selections
+
+
+def adaptive_tokens(ranking: Ranking, tiers: Sequence[tuple[int, int]], alpha: float) -> list[Tensor]:
+    """Ada-KV's division of a layer's tokens (arXiv 2407.11550) in quanta: for each tier of (tokens per head, quantum)
+    the tokens of every head, int64 [B, H_kv], whose sum over heads is what the plan says.
+
+    The layer's quanta go to the runs of `quantum` tokens of highest mean importance in all heads together, after
+    those that hold what every head has at least (`heads.least_tokens`), which are served in turn. With a quantum of
+    one token that is the paper's top-k over all heads. A prompt with hardly more tokens than are kept is divided
+    evenly.
+    """
+    num_heads, num_tokens = ranking.order.shape[1:]
+    device, total = ranking.order.device, sum(tokens for tokens, _ in tiers)
+    forced = (ranking.importance == float("inf")).sum(-1)  # [B, H_kv], the same in every head
+    least = forced + (alpha * (total - forced).clamp(min=0)).long()
+    is_short = ranking.num_allowed < total + max(quantum for _, quantum in tiers)
+    start = torch.zeros_like(ranking.num_allowed)
+    divided = []
+    for tokens, quantum in tiers:
+        num_runs = -(-num_tokens // quantum)
+        first = start[..., None] + torch.arange(num_runs, device=device) * quantum  # [B, H_kv, runs]
+        slots = first[..., None] + torch.arange(quantum, device=device)
+        claims = ranking.importance.gather(-1, slots.flatten(2).clamp(max=num_tokens - 1)).unflatten(2, (-1, quantum))
+        claims = claims.double().mean(-1).masked_fill(slots[..., -1] >= ranking.num_allowed[..., None], float("-inf"))
+        claims = claims.masked_fill(first < least[..., None], float("inf"))
+        in_turn = claims.transpose(1, 2).flatten(1)  # equal claims: first runs before second ones, then by head
+        served = in_turn.sort(dim=-1, descending=True, stable=True).indices[:, : num_heads * tokens // quantum]
+        counts = torch.zeros_like(start).scatter_add_(1, served % num_heads, torch.full_like(served, quantum))
+        divided.append(torch.where(is_short, torch.full_like(counts, tokens), counts))
+        start = start + divided[-1]
+    return divided
 
 
 def gather(selection: Selection, keys: Tensor, values: Tensor, num_padding: Sequence[int]) -> TierTensors:
@@ -170,16 +220,24 @@ def write_block(block: Tensor, layout: LayerLedger, tiers: Sequence[TierTensors]
         keys, valid = torch.cat([t.keys for t in tiers], 2), torch.cat([t.valid for t in tiers], 2)
         vectors = {name: KEY_QUANTIZERS[name].head_vectors(keys, valid, query_stats) for name in layout.vector_rows}
         _put(block, layout.head_vectors.offset, torch.cat(list(vectors.values()), 2).flatten(1))
-    for tier, held in enumerate(tiers):
-        table[:, :, tier, 1] = held.valid.sum(-1)
-        segments = [layout.segment(head, tier) for head in range(num_heads)]
-        format, capacity = segments[0].format, segments[0].capacity_tokens
-        missing = capacity - held.keys.shape[2]
-        valid = torch.nn.functional.pad(held.valid, (0, missing))
-        content = {"positions": torch.nn.functional.pad(held.positions, (0, missing))} if layout.is_sliding else {}
+    counts = torch.stack([held.valid.sum(-1) for held in tiers], -1)  # [B, H_kv, tiers]
+    members: dict[tuple[int, int], list[tuple[int, Segment]]] = {}
+    for row, held_tokens in enumerate(counts.tolist()):
+        for head, segments in enumerate(layout.place(held_tokens)):
+            for tier, segment in enumerate(segments):
+                table[row, head, tier, 0] = segment.offset
+                if segment.buffers:
+                    members.setdefault((tier, segment.capacity_tokens), []).append((row, segment))
+    table[:, :, :-1, 1] = counts
+    for (tier, capacity), places in members.items():
+        rows = torch.tensor([row for row, _ in places], device=block.device)
+        heads = torch.tensor([segment.head for _, segment in places], device=block.device)
+        held = tiers[tier].of(rows, heads, capacity)
+        own = {name: own[rows, heads][:, None] for name, own in vectors.items()}
+        content = {"positions": held.positions} if layout.is_sliding else {}
         for side, x in (("key", held.keys), ("value", held.values)):
-            x = torch.nn.functional.pad(x, (0, 0, 0, missing))
-            encoded = encode(layout.layer, format, side, x, valid, vectors)
+            format = places[0][1].format
+            encoded = encode(layout.layer, format, side, x, held.valid, own)
             bits = side_format(format, side).bits
             content[f"{side}_codes"] = encoded.codes.flatten(2) if bits == 16 else packing.pack(encoded.codes, bits)
             if encoded.scales.shape[-1]:
@@ -187,9 +245,9 @@ def write_block(block: Tensor, layout: LayerLedger, tiers: Sequence[TierTensors]
             if encoded.outliers is not None and encoded.places is not None:
                 content[f"{side}_outliers"] = encoded.outliers
                 content[f"{side}_places"] = encoded.places.to(place_dtype(capacity, held.keys.shape[-1]))
-        for head, segment in enumerate(segments):
+        for i, (row, segment) in enumerate(places):
             for name, buffer in segment.buffers.items():
-                _put(block, buffer.offset, content[name][:, head])
+                _put(block[row : row + 1], buffer.offset, content[name][i])
     _put(block, layout.table.offset, table.flatten(1))
 
 

@@ -7,19 +7,30 @@ A sequence's extent is one block per layer, in layer order. A layer's block is
 
     table         int32 [H_kv, segments, 2]: (offset within the block, tokens held); written at compression
     head vectors  16-bit [H_kv, vectors, D]: key means and balancers, where a format needs them
-    segments      for every head: one for each tier, then the reserve that decode appends to
+    reserves      for every head: the segment that decode appends to, all of one size
+    segments      for every head: one for each tier
 
 and a segment is key codes, value codes, int32 positions (only in sliding-window layers, which must know when a
 token leaves the window), key scales, value scales, and where a format keeps outliers apart their values and places,
 for keys and for values. Codes are packed along tokens (`qpkv_kernels.layout`), so a segment grows by `quantum_tokens`:
 1 token at 16 bit, 2 at 8, 4 at 4, 8 at 3, 2 and 1. Buffers start at multiples of 4 bytes and segments of 16; that
 padding is counted like everything else.
+
+Where heads keep different counts (`plan.Heads`), each head's segment is as large as its own count needs and nothing
+is padded to the longest. The buffers inside a segment lie as for its capacity, and the capacity of (head, tier) is
+- uniform and weighted: the plan's count for that head and tier, rounded up to the quantum, whatever the prompt;
+- adaptive: the tokens held (the table's count), rounded up to the quantum. Segments follow one another, head by head
+  and tier by tier, at offsets that differ from row to row: read them from the table.
+Adaptive counts are divided in whole quanta and add up to H_kv times the plan's count in every tier, so the tokens are
+known beforehand, but not quite the bytes: alignment and per-channel groups make one segment of 2n tokens a little
+smaller than two of n. Their part of the block holds the worst division (`shared_bytes`), which for most per-token
+formats is no more than the even one takes.
 """
 
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from functools import lru_cache
 from typing import TYPE_CHECKING
@@ -49,7 +60,8 @@ class Buffer:
 
 @dataclass(frozen=True)
 class Segment:
-    """The tokens of one head in one tier (or the reserve, the last tier index), and where their buffers lie."""
+    """The tokens of one head in one tier (or the reserve, the last tier index), and where their buffers lie; without
+    buffers where a head has no tokens of a tier."""
 
     head: int
     tier: int
@@ -68,20 +80,54 @@ class LayerLedger:
     table: Buffer
     head_vectors: Buffer | None
     vector_rows: dict[str, slice]  # quantizer -> its rows of the head vectors
-    segments: tuple[Segment, ...]  # all tiers of head 0, its reserve, then head 1, ...
+    segments: tuple[Segment, ...]  # by head, then tier, then the head's reserve; not the order in the block
     num_segments_per_head: int
     is_sliding: bool
+    tier_formats: tuple[Format, ...]
+    shared: Buffer | None = None  # where the tiers' segments lie if heads share adaptively; `segments`: the reserves
+    head_size: int = 0
 
     def segment(self, head: int, tier: int) -> Segment:
-        """The segment of `head` and `tier`; tier -1 is the reserve."""
+        """The segment of `head` and `tier`, where it lies for every prompt; tier -1 is the reserve."""
         per_head = self.num_segments_per_head
+        if self.shared is not None:
+            assert tier % per_head == per_head - 1, "the tiers of an adaptive layer lie anew for every prompt"
+            return self.segments[head]
         return self.segments[head * per_head + tier % per_head]
+
+    def capacity_tokens(self, head: int, tier: int, num_held: int) -> int:
+        """Tokens that the segment of `head` and `tier` has room for when it holds `num_held`."""
+        if self.shared is None or tier % self.num_segments_per_head == self.num_segments_per_head - 1:
+            return self.segment(head, tier).capacity_tokens
+        return align(num_held, quantum_tokens(self.tier_formats[tier]))
+
+    def segment_at(self, tier: int, capacity_tokens: int) -> Segment:
+        """A segment of this tier (-1: the reserve) and capacity, its buffers at offsets from its own start."""
+        format = [*self.tier_formats, self.segment(0, -1).format][tier]
+        return _place(0, tier, format, capacity_tokens, 0, self.head_size, self.is_sliding)[0]
+
+    def place(self, counts: Sequence[Sequence[int]]) -> list[list[Segment]]:
+        """Every head's tier segments for one row. counts: tokens held, [H_kv][tiers]."""
+        num_tiers = len(self.tier_formats)
+        if self.shared is None:
+            return [[self.segment(head, tier) for tier in range(num_tiers)] for head in range(len(counts))]
+        placed: list[list[Segment]] = []
+        position = self.shared.offset
+        for head, held in enumerate(counts):
+            placed.append([])
+            for tier, (format, tokens) in enumerate(zip(self.tier_formats, held, strict=True)):
+                segment, position = _place(head, tier, format, tokens, position, self.head_size, self.is_sliding)
+                placed[-1].append(segment)
+        assert position <= self.shared.offset + self.shared.size_bytes, "a division of heads outgrew its worst case"
+        return placed
 
     def buffers(self) -> Iterator[tuple[str, Buffer]]:
         """Every buffer of the block under a readable name."""
         yield "table", self.table
         if self.head_vectors is not None:
             yield "head_vectors", self.head_vectors
+        if self.shared is not None:
+            yield "shared_tiers", self.shared
         for segment in self.segments:
             tier = "reserve" if segment.tier == self.num_segments_per_head - 1 else f"tier{segment.tier}"
             for name, buffer in segment.buffers.items():
@@ -196,28 +242,83 @@ def _block_header(formats: list[Format], num_heads: int, head_size: int) -> tupl
     return vectors_offset, vectors_bytes, align(vectors_offset + vectors_bytes, SEGMENT_ALIGNMENT)
 
 
-Holdings = tuple[tuple["Format", int], ...]  # a layer's (format, tokens): its tiers, then its reserve
+def _place(
+    head: int, tier: int, format: Format, tokens: int, position: int, head_size: int, is_sliding: bool
+) -> tuple[Segment, int]:
+    """The segment at `position` of the block, and where it ends."""
+    size, buffers = _segment_layout(format, tokens, head_size, is_sliding)
+    placed = {b.name: Buffer(b.name, position + b.offset, b.size_bytes) for b in buffers}
+    return Segment(head, tier, format, align(tokens, quantum_tokens(format)), position, placed), position + size
 
 
-def layer_bytes(holdings: Holdings, num_heads: int, head_size: int, is_sliding: bool) -> int:
+@lru_cache(maxsize=65536)
+def shared_bytes(format: Format, tokens: int, num_heads: int, head_size: int, is_sliding: bool) -> int:
+    """Room for any division of num_heads * `tokens` tokens among heads in whole quanta.
+
+    With M quanta in all, s(m) the size of a segment of m quanta and e the most by which any s(m) is above
+    s(M) * m / M, the segments of any division sum to at most s(M) + num_heads * e.
+    """
+    quantum = quantum_tokens(format)
+    total = num_heads * align(tokens, quantum) // quantum
+
+    def size(quanta: int) -> int:
+        return _segment_layout(format, quanta * quantum, head_size, is_sliding)[0]
+
+    whole = size(total)
+    if num_heads == 1:
+        return whole
+    excess = max(size(m) * total - whole * m for m in range(1, total + 1))
+    return align(whole - (-excess * num_heads // total), SEGMENT_ALIGNMENT)
+
+
+Holdings = tuple[tuple["Format", int | tuple[int, ...]], ...]
+"""A layer's (format, tokens): its tiers, then its reserve. tokens: of every head, or of each."""
+
+
+def _tier_bytes(format: Format, tokens: int | tuple[int, ...], num_heads: int, head_size: int, is_sliding: bool) -> int:
+    each = (tokens,) * num_heads if isinstance(tokens, int) else tokens
+    return sum(_segment_layout(format, count, head_size, is_sliding)[0] for count in each)
+
+
+def layer_bytes(holdings: Holdings, num_heads: int, head_size: int, is_sliding: bool, is_adaptive: bool = False) -> int:
     """The size of a layer's block without laying it out, for searches that ask often."""
     *_, size = _block_header([format for format, _ in holdings], num_heads, head_size)
-    return size + num_heads * sum(_segment_layout(f, tokens, head_size, is_sliding)[0] for f, tokens in holdings)
+    *tiers, reserve = holdings
+    size += _tier_bytes(*reserve, num_heads, head_size, is_sliding)
+    if is_adaptive:
+        return size + sum(shared_bytes(f, _even(tokens), num_heads, head_size, is_sliding) for f, tokens in tiers)
+    return size + sum(_tier_bytes(f, tokens, num_heads, head_size, is_sliding) for f, tokens in tiers)
+
+
+def _even(tokens: int | tuple[int, ...]) -> int:
+    assert isinstance(tokens, int), "heads that share adaptively have one count in the plan"
+    return tokens
 
 
 @lru_cache(maxsize=4096)
-def layer_ledger(layer: int, holdings: Holdings, shape: ModelShape) -> LayerLedger:
+def layer_ledger(layer: int, holdings: Holdings, shape: ModelShape, is_adaptive: bool = False) -> LayerLedger:
     """Lay out one layer's block."""
     num_heads, head_size = shape.num_kv_heads, shape.head_size
     is_sliding = shape.sliding_windows[layer] is not None
     vectors_offset, vectors_bytes, position = _block_header([f for f, _ in holdings], num_heads, head_size)
-    segments = []
+    *tiers, (reserve_format, reserve_tokens) = holdings
+    reserves, segments = [], []
     for head in range(num_heads):
-        for tier, (format, tokens) in enumerate(holdings):
-            size, buffers = _segment_layout(format, tokens, head_size, is_sliding)
-            placed = {b.name: Buffer(b.name, position + b.offset, b.size_bytes) for b in buffers}
-            segments.append(Segment(head, tier, format, align(tokens, quantum_tokens(format)), position, placed))
-            position += size
+        reserve, position = _place(
+            head, len(tiers), reserve_format, _even(reserve_tokens), position, head_size, is_sliding
+        )
+        reserves.append(reserve)
+    shared = None
+    if is_adaptive:
+        room = sum(shared_bytes(f, _even(tokens), num_heads, head_size, is_sliding) for f, tokens in tiers)
+        shared, segments, position = Buffer("shared_tiers", position, room), reserves, position + room
+    else:
+        for head in range(num_heads):
+            for tier, (format, tokens) in enumerate(tiers):
+                count = tokens if isinstance(tokens, int) else tokens[head]
+                segment, position = _place(head, tier, format, count, position, head_size, is_sliding)
+                segments.append(segment)
+            segments.append(reserves[head])
     return LayerLedger(
         layer=layer,
         stored_bytes=position,
@@ -227,10 +328,18 @@ def layer_ledger(layer: int, holdings: Holdings, shape: ModelShape) -> LayerLedg
         segments=tuple(segments),
         num_segments_per_head=len(holdings),
         is_sliding=is_sliding,
+        tier_formats=tuple(format for format, _ in tiers),
+        shared=shared,
+        head_size=head_size,
     )
 
 
 def make_ledger(plan: Plan) -> Ledger:
     """Lay out one sequence under `plan`."""
     shape = plan.model.shape
-    return Ledger(tuple(layer_ledger(layer, plan.holdings(layer), shape) for layer in range(shape.num_layers)))
+    return Ledger(
+        tuple(
+            layer_ledger(layer, plan.holdings(layer), shape, plan.heads_of(layer).share == "adaptive")
+            for layer in range(shape.num_layers)
+        )
+    )

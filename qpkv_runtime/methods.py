@@ -1,4 +1,4 @@
-"""The methods at a glance: every token scorer and every quantizer, as facts that need no torch.
+"""The methods at a glance: every token scorer, head sharing and quantizer, as facts that need no torch.
 
 A plan names methods and the ledger weighs them; both work from this table alone, so reading a plan costs no
 torch import. The arithmetic lives in `scorers.py` and `quantizers.py` under the same names, and a test holds
@@ -111,6 +111,31 @@ SCORERS: dict[str, ScorerFacts] = {
         {"future_tokens": Parameter(512, minimum=1), "epsilon": Parameter(0.0, minimum=0.0)},
     ),
     "random": ScorerFacts("control", ("positions",), {"seed": Parameter(0, minimum=0)}),
+}
+
+
+@dataclass(frozen=True)
+class SharingFacts:
+    """How a layer's kept tokens are divided among its KV heads; combines with every scorer and quantizer.
+
+    needs_weights: the plan gives a weight per head. alpha: the share of its even part (what it keeps anyway apart)
+    that a head has at least, or None.
+    """
+
+    paper: str
+    rule: str
+    needs_weights: bool = False
+    alpha: float | None = None
+
+
+SHARINGS: dict[str, SharingFacts] = {
+    "uniform": SharingFacts("", "every head keeps the same number of tokens"),
+    "adaptive": SharingFacts(
+        "arXiv 2407.11550 (Ada-KV)", "the layer's best tokens over all heads, anew for every prompt", alpha=0.2
+    ),
+    "weighted": SharingFacts(
+        "arXiv 2410.19258 (HeadKV)", "in proportion to weights measured in calibration", needs_weights=True, alpha=0.2
+    ),
 }
 
 LOW_BITS = (8, 4, 3, 2, 1)

@@ -24,7 +24,7 @@ from qpkv_runtime.compression import (
     side_format,
     to_storage,
 )
-from qpkv_runtime.ledger import LayerLedger
+from qpkv_runtime.ledger import LayerLedger, Segment
 from qpkv_runtime.plan import Format, Plan
 from qpkv_runtime.quantizers import Encoded
 
@@ -46,44 +46,63 @@ class PackedLayer:
 
         entries: int32 [B, H_kv, 2], the tier's part of the table. S is the most tokens that any head holds.
         """
-        segment = self.layout.segment(0, tier)
-        offsets, most = entries[..., 0].tolist(), int(entries[..., 1].max())
+        num_rows, num_heads = entries.shape[:2]
+        most = int(entries[..., 1].max())
+        members: dict[int, list[tuple[int, int, int]]] = {}
+        for row, heads in enumerate(entries.tolist()):
+            for head, (offset, count) in enumerate(heads):
+                capacity = self.layout.capacity_tokens(head, tier, count)
+                if capacity:
+                    members.setdefault(capacity, []).append((row, head, offset))
+        if len(members) == 1 and len(*members.values()) == num_rows * num_heads:
+            ((capacity, places),) = members.items()
+            keys, values, positions = self._read(tier, capacity, places, vectors)
+            shape = (num_rows, num_heads)
+            keys, values = (x.reshape(*shape, *x.shape[2:])[:, :, :most] for x in (keys, values))
+            return keys, values, None if positions is None else positions.reshape(*shape, -1)[..., :most]
+        keys, values = torch.zeros(2, num_rows, num_heads, most, self.head_size, device=self.block.device)
+        positions = torch.zeros(num_rows, num_heads, most, dtype=torch.int32, device=self.block.device)
+        for capacity, places in members.items():
+            at = tuple(torch.tensor([place[i] for place in places], device=self.block.device) for i in (0, 1))
+            read = self._read(tier, capacity, places, vectors)
+            for whole, part in zip((keys, values, positions), read, strict=True):
+                if part is not None:
+                    whole[at[0], at[1], : part.shape[2]] = part[:, 0, :most]
+        return keys, values, positions if self.layout.is_sliding else None
+
+    def _read(
+        self, tier: int, capacity: int, places: list[tuple[int, int, int]], vectors: HeadVectors
+    ) -> tuple[Tensor, Tensor, Tensor | None]:
+        """As `read`, of the segments at K places (row, head, offset) that have this capacity: [K, 1, capacity, D]."""
+        segment = self.layout.segment_at(tier, capacity)
+        rows, heads = (torch.tensor([place[i] for place in places], device=self.block.device) for i in (0, 1))
+        own = {name: vector[rows, heads][:, None] for name, vector in vectors.items()}
         sides = []
         for side in ("key", "value"):
             bits = side_format(segment.format, side).bits
             if bits == 16:
-                codes = self._buffer(f"{side}_codes", tier, offsets, self.storage_dtype)
+                codes = self._buffer(f"{side}_codes", segment, places, self.storage_dtype)
                 codes = codes.unflatten(-1, (-1, self.head_size))
             else:
-                packed = self._buffer(f"{side}_codes", tier, offsets, torch.uint8)
+                packed = self._buffer(f"{side}_codes", segment, places, torch.uint8)
                 codes = packing.unpack(packed, bits, self.head_size)
-            scales = self._buffer(f"{side}_scales", tier, offsets, self.storage_dtype)
-            outliers = places = None
+            scales = self._buffer(f"{side}_scales", segment, places, self.storage_dtype)
+            outliers = outlier_places = None
             if f"{side}_outliers" in segment.buffers:
-                outliers = self._buffer(f"{side}_outliers", tier, offsets, self.storage_dtype)
-                written_as = place_dtype(segment.capacity_tokens, self.head_size)
-                places = self._buffer(f"{side}_places", tier, offsets, written_as).long()
-            encoded = Encoded(codes, scales, outliers, places)
-            sides.append(decode(segment.format, side, encoded, vectors)[:, :, :most])
-        positions = None
-        if self.layout.is_sliding:
-            positions = self._buffer("positions", tier, offsets, torch.int32)[..., :most]
+                outliers = self._buffer(f"{side}_outliers", segment, places, self.storage_dtype)
+                written_as = place_dtype(capacity, self.head_size)
+                outlier_places = self._buffer(f"{side}_places", segment, places, written_as).long()
+            sides.append(decode(segment.format, side, Encoded(codes, scales, outliers, outlier_places), own))
+        positions = self._buffer("positions", segment, places, torch.int32) if self.layout.is_sliding else None
         return sides[0], sides[1], positions
 
-    def _buffer(self, name: str, tier: int, offsets: list[list[int]], dtype: torch.dtype) -> Tensor:
-        """One buffer of every row and head, [B, H_kv, numbers], found by the table's offsets; empty if not stored."""
-        segment = self.layout.segment(0, tier)
+    def _buffer(self, name: str, segment: Segment, places: list[tuple[int, int, int]], dtype: torch.dtype) -> Tensor:
+        """One buffer of K segments laid out like `segment`, [K, 1, numbers]; empty if not stored."""
         if name not in segment.buffers:
-            return self.block.new_empty(len(offsets), len(offsets[0]), 0, dtype=dtype)
-        start, size = segment.buffers[name].offset - segment.offset, segment.buffers[name].size_bytes
-        if all(row == offsets[0] for row in offsets):
-            heads = [self.block[:, offset + start : offset + start + size] for offset in offsets[0]]
-            return torch.stack(heads, 1).view(dtype)
-        rows = [
-            torch.stack([self.block[row, offset + start : offset + start + size] for offset in row_offsets])
-            for row, row_offsets in enumerate(offsets)
-        ]
-        return torch.stack(rows).view(dtype)
+            return self.block.new_empty(len(places), 1, 0, dtype=dtype)
+        start, size = segment.buffers[name].offset, segment.buffers[name].size_bytes
+        pieces = [self.block[row, offset + start : offset + start + size] for row, _, offset in places]
+        return torch.stack(pieces)[:, None].view(dtype)
 
     @torch.no_grad()
     def attend(

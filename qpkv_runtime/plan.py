@@ -6,6 +6,7 @@ refuses unknown and duplicate keys; the same plan always writes the same bytes.
 
 A layer keeps its most important tokens in tiers: the first `tokens` of the importance order in the first tier's
 format, the next in the second's, the rest evicted. Sinks and the window lead that order, so they fill the top tier.
+Tokens are counted per KV head; heads may share them unevenly (`heads`), a layer's total stays.
 A shorter prompt fills the tiers from the top and leaves the rest empty; a longer one keeps the same counts.
 """
 
@@ -13,17 +14,27 @@ from __future__ import annotations
 
 import hashlib
 import json
-from collections.abc import Hashable
+from collections.abc import Hashable, Sequence
 from pathlib import Path
 from typing import Annotated, Any, Literal, Self
 
 import yaml
-from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator, model_validator
+from pydantic import (
+    BaseModel,
+    ConfigDict,
+    Field,
+    SerializerFunctionWrapHandler,
+    ValidationError,
+    field_validator,
+    model_serializer,
+    model_validator,
+)
 from pydantic_core import PydanticCustomError
 
 from qpkv_runtime.errors import LedgerError, PlanError
-from qpkv_runtime.ledger import Holdings, full_bytes, make_ledger
-from qpkv_runtime.methods import QUANTIZERS, SCORERS, Axis, ParameterValue, group_size, scorer_parameters
+from qpkv_runtime.heads import divide, least_tokens
+from qpkv_runtime.ledger import Holdings, full_bytes, make_ledger, quantum_tokens
+from qpkv_runtime.methods import QUANTIZERS, SCORERS, SHARINGS, Axis, ParameterValue, group_size, scorer_parameters
 from qpkv_runtime.models.shape import ModelShape
 
 SCHEMA_VERSION = 1
@@ -233,15 +244,94 @@ class Tier(_Value):
         return {"tokens": given[0], "format": given[1]}
 
 
+def _as_name_or_mapping(schema: dict[str, Any]) -> None:
+    """Let a sharing without settings be written as its name alone."""
+    mapping = dict(schema)
+    schema.clear()
+    names = [name for name, facts in SHARINGS.items() if not facts.needs_weights]
+    schema.update(title=mapping["title"], anyOf=[{"enum": names}, mapping])
+
+
+class Heads(_Value):
+    """How a layer's KV heads share its tokens (`qpkv_runtime.methods` lists the rules). In YAML a rule without
+    settings is its name: `uniform`, `adaptive`.
+
+    alpha: the part of an even share that every head has at least, beside sinks and window. weights: one per KV head.
+    """
+
+    model_config = ConfigDict(json_schema_extra=_as_name_or_mapping)
+
+    share: str = Field(json_schema_extra={"enum": list(SHARINGS)})
+    alpha: float | None = Field(default=None, ge=0, le=1)
+    weights: tuple[Annotated[float, Field(ge=0)], ...] | None = None
+
+    @model_validator(mode="before")
+    @classmethod
+    def _from_name(cls, given: Any) -> Any:
+        if isinstance(given, str):
+            given = {"share": given}
+        if not isinstance(given, dict):
+            return given
+        if isinstance(given.get("weights"), list):
+            given = {**given, "weights": tuple(given["weights"])}
+        facts = SHARINGS.get(given["share"]) if isinstance(given.get("share"), str) else None
+        return {**given, "alpha": facts.alpha} if facts is not None and given.get("alpha") is None else given
+
+    @model_validator(mode="after")
+    def _check(self) -> Self:
+        facts = SHARINGS.get(self.share)
+        if facts is None:
+            raise ValueError(f"share must be one of {', '.join(SHARINGS)}, got {self.share!r}")
+        if facts.alpha is None and self.alpha is not None:
+            raise ValueError(f"{self.share} heads take no alpha, got {self.alpha}")
+        if facts.needs_weights != (self.weights is not None):
+            rule = "need weights, one per KV head" if facts.needs_weights else "take no weights"
+            raise ValueError(f"{self.share} heads {rule}")
+        if self.weights is not None and not any(self.weights):
+            raise ValueError("weights must not all be zero")
+        return self
+
+    @model_serializer
+    def _write(self) -> Any:
+        given: dict[str, Any] = {"share": self.share, "alpha": self.alpha}
+        if self.weights is not None:
+            given["weights"] = list(self.weights)
+        return self.share if self.share == "uniform" else given
+
+    def share_out(self, tiers: Sequence[tuple[Format, int]], num_heads: int, forced: int, most_tokens: int) -> Holdings:
+        """The tiers' tokens as far as the plan knows them: of every head, or of each where they differ by weight.
+
+        forced: sinks and window; most_tokens: what a head may hold, where the tiers' tokens are not more.
+        """
+        if self.weights is None:
+            return tuple(tiers)
+        total = sum(tokens for _, tokens in tiers)
+        quanta = tuple((tokens, quantum_tokens(format)) for format, tokens in tiers)
+        least = least_tokens(total, forced, self.alpha or 0.0)
+        divided = divide(quanta, self.weights, least, max(most_tokens, total))
+        return tuple((format, each) for (format, _), each in zip(tiers, divided, strict=True))
+
+
+UNIFORM = Heads(share="uniform")
+
+
 class Layer(_Value):
-    """One layer's tiers, most important tokens first."""
+    """One layer's tiers, most important tokens first, and how its heads share them where not as the plan's do."""
 
     tiers: tuple[Tier, ...] = Field(min_length=1)
+    heads: Heads | None = None
 
     @field_validator("tiers", mode="before")
     @classmethod
     def _tuple(cls, value: Any) -> Any:
         return tuple(value) if isinstance(value, list) else value
+
+    @model_serializer(mode="wrap")
+    def _write(self, handler: SerializerFunctionWrapHandler) -> dict[str, Any]:
+        written: dict[str, Any] = handler(self)
+        if self.heads is None:
+            del written["heads"]
+        return written
 
     @property
     def tokens(self) -> int:
@@ -308,7 +398,7 @@ class Plan(_Value):
     scorer: Scorer
     sinks: int = Field(ge=0)
     window: int = Field(ge=1)
-    heads: Literal["uniform"] = "uniform"
+    heads: Heads = UNIFORM
     formats: dict[str, Format]
     layers: tuple[Layer, ...]
     decode: Decode
@@ -339,6 +429,7 @@ class Plan(_Value):
         for i, layer in enumerate(self.layers):
             if layer.tokens < forced:
                 raise ValueError(f"layers.{i} keeps {layer.tokens} tokens, fewer than sinks + window = {forced}")
+        self._check_heads()
         if self.calibrated != (self.calibration is not None):
             raise ValueError("calibrated must be true exactly when there is a calibration section")
         self._check_bytes()
@@ -367,10 +458,36 @@ class Plan(_Value):
         if planned > budget.limit_bytes:
             raise ValueError(f"budget.planned_bytes = {planned} is over budget.limit_bytes = {budget.limit_bytes}")
 
+    def _check_heads(self) -> None:
+        for i, layer in enumerate(self.layers):
+            heads = self.heads_of(i)
+            if heads.weights is not None and len(heads.weights) != self.model.num_kv_heads:
+                raise ValueError(
+                    f"layers.{i}.heads.weights must have model.num_kv_heads = {self.model.num_kv_heads} entries, "
+                    f"got {len(heads.weights)}"
+                )
+            for tier in layer.tiers:
+                quantum = quantum_tokens(self.formats[tier.format])
+                if heads.share != "uniform" and tier.tokens % quantum:
+                    raise ValueError(
+                        f"layers.{i}.tiers: {heads.share} heads divide tokens in steps of {quantum} in {tier.format}, "
+                        f"so a tier's tokens must be a multiple of it, got {tier.tokens}"
+                    )
+
+    def heads_of(self, layer: int) -> Heads:
+        """How the layer's heads share its tokens."""
+        return self.layers[layer].heads or self.heads
+
     def holdings(self, layer: int) -> Holdings:
         """(format, tokens) of the layer's tiers, then of its reserve: what the ledger weighs."""
         tiers = tuple((self.formats[tier.format], tier.tokens) for tier in self.layers[layer].tiers)
-        return (*tiers, (self.formats[self.decode.format], self.decode.reserve_tokens))
+        context_tokens = self.budget.context_tokens
+        most_tokens = min(context_tokens, self.model.shape.sliding_windows[layer] or context_tokens)
+        heads, forced = self.heads_of(layer), self.sinks + self.window
+        return (
+            *heads.share_out(tiers, self.model.num_kv_heads, forced, most_tokens),
+            (self.formats[self.decode.format], self.decode.reserve_tokens),
+        )
 
     @property
     def policy_hash(self) -> str:
@@ -526,7 +643,10 @@ def _dump(data: dict[str, Any]) -> str:
     blocks["budget"] = data["budget"]
     blocks["formats"] = {name: _Flow(_compact(format)) for name, format in data["formats"].items()}
     blocks["layers"] = [
-        _Flow(tiers=_FlowList(_FlowList([tier["tokens"], tier["format"]]) for tier in layer["tiers"]))
+        _Flow(
+            tiers=_FlowList(_FlowList([tier["tokens"], tier["format"]]) for tier in layer["tiers"]),
+            **({"heads": _inline(layer["heads"])} if "heads" in layer else {}),
+        )
         for layer in data["layers"]
     ]
     if data["calibration"] is None:

@@ -16,7 +16,7 @@ from qpkv_runtime.errors import BudgetError
 from qpkv_runtime.methods import SCORERS
 from qpkv_runtime.models import model_shape
 from qpkv_runtime.models.resolve import SMOLLM2_PACKAGE
-from qpkv_runtime.plan import Decode, Model, Plan, Scorer
+from qpkv_runtime.plan import Decode, Heads, Model, Plan, Scorer
 
 torch.set_num_threads(1)  # small models: a second thread costs more in waiting than it brings
 
@@ -116,8 +116,17 @@ FORMATS = [
 ]
 
 
+def random_heads(num_heads: int, seed: int) -> Heads:
+    chance = random.Random(-1 - seed)
+    share = chance.choice(["uniform", "adaptive", "weighted"])
+    if share == "weighted":
+        weights = tuple(chance.choice([0.1, 1.0, 3.0]) for _ in range(num_heads))
+        return Heads(share=share, weights=weights, alpha=chance.random())
+    return Heads(share=share)
+
+
 def random_plan(model: PreTrainedModel, seed: int, budget: str | None = None, **changes: object) -> Plan:
-    """A plan with random counts and formats per layer, on the exact budget."""
+    """A plan with random counts and formats per layer, heads shared at random, on the exact budget."""
     chance = random.Random(seed)
     reserve = Decode(
         reserve_tokens=chance.choice([1, 4, 7, 8]), format=chance.choice(["16bit", "flexgen-k4v4", "rotated-k3v2"])
@@ -128,6 +137,7 @@ def random_plan(model: PreTrainedModel, seed: int, budget: str | None = None, **
         **{
             "decode": reserve,
             "scorer": Scorer(name=chance.choice(list(SCORERS))),
+            "heads": random_heads(model.config.num_key_value_heads, seed),
             **changes,
         },
     )

@@ -237,7 +237,7 @@ def test_a_block_by_hand():
     assert layout.stored_bytes == table + vectors + 2 * (held + reserve)
     assert layout.read_bytes == layout.stored_bytes, "all of it happens to be aligned"
     assert [buffer.offset for buffer in layout.segment(1, -1).buffers.values()] == [
-        layout.stored_bytes - reserve + offset for offset in (0, 256, 512, 544, 560)
+        table + vectors + reserve + offset for offset in (0, 256, 512, 544, 560)
     ]
 
 
