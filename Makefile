@@ -5,7 +5,7 @@ PYTHON ?= python3
 BIN := .venv/bin
 STAMP := .venv/.qpkv-installed
 
-.PHONY: help install demo test test-long check check-plans bench clean
+.PHONY: help install demo test test-long check check-plans test-harness bench clean
 
 help:  ## list the targets
 	@grep -hE '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 12
@@ -26,6 +26,10 @@ test: install  ## the tests, without the slow ones
 
 test-long: install  ## all tests
 	$(BIN)/python -m pytest -q -n auto --dist loadfile -m ""
+
+test-harness: install  ## the tests against lm-evaluation-harness, which is installed for them
+	$(BIN)/python -m pip install -c constraints.txt -e '.[eval]'
+	$(BIN)/python -m pytest -q tests/test_harness.py
 
 check-plans: install  ## measure the checked-in plans of smollm2 again (tiny's are in the tests)
 	$(BIN)/python -m qpkv_planner.check plans/smollm2__*.yaml

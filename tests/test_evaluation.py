@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import json
+import sys
 from collections import Counter
 
 import pytest
 from conftest import has_smollm2, keep_all, make_space
 
+from qpkv_planner import harness_cli
 from qpkv_planner.evaluation import cli, longbench, niah, ruler, text
 from qpkv_planner.evaluation.answering import Runner
 from qpkv_planner.evaluation.comparison import bootstrap, compare
@@ -432,3 +434,11 @@ def test_smollm2_is_evaluated_in_its_chat_template():
     if not has_smollm2():
         pytest.skip("the SmolLM2 weights are not installed (make install)")
     assert Encoder(load_tokenizer("smollm2")).frame[0].endswith("<|im_start|>user\n")
+
+
+def test_the_harness_command_says_what_is_missing(monkeypatch, capsys):
+    for module in ("lm_eval", "lm_eval.api.registry", "qpkv_planner.harness"):
+        monkeypatch.delitem(sys.modules, module, raising=False)
+    monkeypatch.setitem(sys.modules, "lm_eval", None)
+    assert harness_cli.main() == 2
+    assert capsys.readouterr().err.startswith("qpkv-lm-eval: error: the harness needs the extra eval")
