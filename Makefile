@@ -5,7 +5,7 @@ PYTHON ?= python3
 BIN := .venv/bin
 STAMP := .venv/.qpkv-installed
 
-.PHONY: help install demo test test-long check check-plans test-harness bench clean
+.PHONY: help install demo test test-long check check-plans paper-plans test-harness bench clean
 
 help:  ## list the targets
 	@grep -hE '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 12
@@ -30,6 +30,15 @@ test-long: install  ## all tests
 test-harness: install  ## the tests against lm-evaluation-harness, which is installed for them
 	$(BIN)/python -m pip install -c constraints.txt -e '.[eval]'
 	$(BIN)/python -m pytest -q tests/test_harness.py
+
+paper-plans: install  ## the papers' recommended settings for their models, by arithmetic alone, into plans/paper
+	mkdir -p plans/paper
+	for model in llama-3.2-1b:8192 llama-3.2-3b:8192 llama-3-8b:8192 llama-3-70b:8192 mistral-7b:32768; do \
+	for budget in 1/16 1/64; do for scorer in snapkv:32 pyramidkv:8; do \
+	    $(BIN)/python -m qpkv_planner --model $${model%:*} --context-length $${model#*:} --budget $$budget \
+	        --uniform $${scorer%:*}:kivi:4bit --window $${scorer#*:} --sinks 0 \
+	        --output plans/paper/$${model%:*}__$${budget%/*}-$${budget#*/}__$${scorer%:*}.yaml || exit 1; \
+	done; done; done
 
 check-plans: install  ## measure the checked-in plans of smollm2 again (tiny's are in the tests)
 	$(BIN)/python -m qpkv_planner.check plans/smollm2__*.yaml

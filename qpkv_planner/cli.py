@@ -66,7 +66,8 @@ def parser() -> CommandParser:
     out.add_argument(
         "--uniform",
         metavar="SCORER:QUANTIZER:BITS",
-        help="no search: every layer alike, such as snapkv:kivi:4bit or snapkv:rotated:k4v2; marked calibrated: false",
+        help="no search: every layer alike, such as snapkv:kivi:4bit, snapkv:rotated:k4v2 or (fewer tokens with depth) "
+        "pyramidkv:kivi:4bit; marked calibrated: false",
     )
     out.add_argument("--output", "-o", type=Path, metavar="FILE", help="write the plan here instead of to stdout")
     out.add_argument("--quiet", action="store_true", help="nothing on stderr but errors")

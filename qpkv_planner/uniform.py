@@ -1,10 +1,10 @@
-"""A uniform plan by arithmetic alone: a known model's shape and a budget, no weights, no calibration."""
+"""A fixed setting's plan by arithmetic alone: a known model's shape and a budget, no weights, no calibration."""
 
 from __future__ import annotations
 
 import re
 
-from qpkv_planner.allocation import DEFAULT_CONTEXT_TOKENS, Space, format_name, model_section
+from qpkv_planner.allocation import DEFAULT_CONTEXT_TOKENS, PRESETS, Space, format_name, model_section
 from qpkv_planner.grid import make_setting
 from qpkv_runtime.errors import BudgetError, InputError
 from qpkv_runtime.methods import QUANTIZERS, SCORERS
@@ -24,12 +24,13 @@ def uniform_plan(
     sinks: int = 4,
     window: int = 16,
 ) -> Plan:
-    """Every layer alike under the exact budget, marked `calibrated: false`.
+    """Every layer alike (pyramidkv: fewer tokens with depth) under the exact budget, marked `calibrated: false`.
 
-    model: an alias, or a directory with a config.json. setting: SCORER:QUANTIZER:BITS, bits as `4bit` or `k4v2`.
+    model: an alias, or a directory with a config.json. setting: SCORER:QUANTIZER:BITS, bits as `4bit` or `k4v2`; for a
+    scorer may stand pyramidkv, an allocation over snapkv's scores.
     Raises InputError for a setting that is not that, BudgetError where it cannot fit.
     """
-    scorer, format = _parse(setting)
+    scorer, preset, format = _parse(setting)
     shape = _shape(model)
     tokens = context_tokens or min(DEFAULT_CONTEXT_TOKENS, shape.max_context_tokens)
     if tokens > shape.max_context_tokens:
@@ -43,7 +44,7 @@ def uniform_plan(
         window=window,
         decode=Decode.model_validate({"reserve_tokens": 1, "format": format, "then": then}),
     )
-    made = make_setting(space, scorer, "uniform", format, max_new_tokens)
+    made = make_setting(space, scorer, preset, format, max_new_tokens)
     if made is None or made.space.window != window:
         raise BudgetError(
             f"a budget must hold sinks + window ({sinks} + {window} tokens per layer) and the reserve in {format}, "
@@ -52,11 +53,14 @@ def uniform_plan(
     return made.space.plan(made.allocation)
 
 
-def _parse(setting: str) -> tuple[str, str]:
-    match = re.fullmatch(r"([a-z0-9]+):([a-z0-9_]+):(?:(\d+)bit|k(\d+)v(\d+))", setting)
+def _parse(setting: str) -> tuple[str, str, str]:
+    """-> scorer, preset, format."""
+    match = re.fullmatch(r"([a-z0-9_]+):([a-z0-9_]+):(?:(\d+)bit|k(\d+)v(\d+))", setting)
     if match is None:
         raise InputError(f"--uniform is SCORER:QUANTIZER:BITS, such as snapkv:kivi:4bit, got {setting!r}")
     scorer, quantizer = match[1], match[2]
+    preset = scorer if scorer in PRESETS and scorer != "uniform" else "uniform"
+    scorer = "snapkv" if preset == "pyramidkv" else scorer
     for what, name, known in (("scorer", scorer, SCORERS), ("quantizer", quantizer, QUANTIZERS)):
         if name not in known:
             raise InputError(f"{what} must be one of {', '.join(known)}, got {name!r}")
@@ -64,7 +68,7 @@ def _parse(setting: str) -> tuple[str, str]:
     allowed = sorted({16, *QUANTIZERS[quantizer].bits}, reverse=True)
     if keys not in allowed or values not in allowed:
         raise InputError(f"{quantizer} writes {', '.join(map(str, allowed))} bits, got {setting!r}")
-    return scorer, format_name(quantizer, keys, values)
+    return scorer, preset, format_name(quantizer, keys, values)
 
 
 def _shape(model: str) -> ModelShape:
