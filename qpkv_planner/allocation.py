@@ -11,6 +11,7 @@ import re
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass, field, replace
 from functools import cached_property, lru_cache
+from typing import Any
 
 from pydantic import ValidationError
 
@@ -224,6 +225,18 @@ class Space:
             middle = (low + high) / 2
             low, high = (middle, high) if self.bytes(at(middle)) <= self.limit_bytes else (low, middle)
         return self.fill(at(low))
+
+    def key(self, allocation: Sequence[Choice]) -> dict[str, Any]:
+        """What an evaluation of this allocation depends on, the samples and the model apart."""
+        return {
+            "scorer": self.scorer.model_dump(),
+            "kept": [self.sinks, self.window],
+            "heads": [self.heads_of(layer).model_dump() for layer in range(len(allocation))]
+            if isinstance(self.heads, tuple)
+            else self.heads.model_dump(),
+            "decode": [self.decode.format, self.decode.reserve_tokens],
+            "layers": [[choice.tokens, choice.format] for choice in allocation],
+        }
 
     def plan(self, allocation: Sequence[Choice], calibration: Calibration | None = None) -> Plan:
         """The plan of an allocation."""

@@ -9,7 +9,7 @@ Loss: mean over a sample's tokens, mean over the samples of a kind, mean over ki
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any, Literal, cast
 
@@ -18,10 +18,13 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor, nn
 from transformers import PreTrainedModel
+from transformers.cache_utils import Cache, CacheLayerMixin
 
 from qpkv_planner.allocation import Allocation, Choice, Space
+from qpkv_planner.journal import Journal
 from qpkv_planner.prefill import Prepared
-from qpkv_runtime.cache import PlannedCache, layer_devices
+from qpkv_runtime.attention import Handle
+from qpkv_runtime.cache import PlannedCache, PlannedLayer, layer_devices
 from qpkv_runtime.compression import Scoring, TierTensors, keep, write_block
 from qpkv_runtime.errors import NumericsError
 from qpkv_runtime.ledger import LayerLedger
@@ -41,6 +44,17 @@ class Losses:
     exact: NDArray[np.bool_]
     kinds: tuple[str, ...]
     contexts: tuple[int, ...]
+
+    @classmethod
+    def of(cls, values: Mapping[str, Sequence[float]], kinds: Sequence[str], contexts: Sequence[int]) -> Losses:
+        """values: ce, kl and exact, the share of a continuation's tokens that are the most likely ones."""
+        exact = np.array(values["exact"]) == 1.0
+        return cls(np.array(values["ce"]), np.array(values["kl"]), exact, tuple(kinds), tuple(contexts))
+
+    @property
+    def values(self) -> dict[str, list[float]]:
+        """What `of` takes."""
+        return {"ce": self.ce.tolist(), "kl": self.kl.tolist(), "exact": self.exact.astype(float).tolist()}
 
     def mean(self, measure: str) -> float:
         """The loss `ce` or `kl`, or the share of `exact` answers (texts apart): mean over kinds of means."""
@@ -91,23 +105,27 @@ def interval(losses: Losses, measure: str, minus: Losses | None = None, seed: in
     return Interval(mean=round(mean, 6), low=round(float(low), 6), high=round(float(high), 6))
 
 
-@dataclass(frozen=True)
+@dataclass
 class Incumbent:
-    """An allocation, its losses on these parts of the samples, and the inputs of every layer while it was measured."""
+    """An allocation and its losses on these parts of the samples. layer_inputs: what went into every layer while it was
+    measured; empty until a variant has to be measured."""
 
     allocation: Allocation
     parts: tuple[int, ...]
     losses: Losses
-    layer_inputs: list[tuple[Tensor, dict[str, Any]]]
+    layer_inputs: list[tuple[Tensor, dict[str, Any]]] = field(default_factory=list)
 
 
 @dataclass
 class Evaluator:
-    """Evaluates allocations of one space on one prepared split. spent: evaluations so far, in units of one forward of
-    all samples through all layers."""
+    """Evaluates allocations on one prepared split. Whatever `journal` holds is not measured again.
+
+    spent: evaluations asked for so far, in units of one forward of all samples through all layers.
+    """
 
     model: PreTrainedModel
     prepared: Prepared
+    journal: Journal = field(default_factory=Journal)
     memo_bytes: int = 2 * 2**30
     spent: float = 0.0
     _blocks: dict[tuple[Any, ...], Tensor] = field(default_factory=dict)
@@ -116,6 +134,8 @@ class Evaluator:
     def __post_init__(self) -> None:
         self._decoder = cast(Any, self.model.get_decoder())
         self._devices = layer_devices(self.model)
+        self._full_probabilities = self.prepared.full_logprobs.exp()
+        self._full_entropy = -(self._full_probabilities * self.prepared.full_logprobs).sum(-1)
 
     # --- what the searches call ---
 
@@ -126,32 +146,23 @@ class Evaluator:
 
     def evaluate(self, space: Space, allocation: Allocation, parts: Sequence[int] | None = None) -> Losses:
         """The losses of an allocation on these parts of the samples (all)."""
-        return self._evaluate(space, allocation, parts or self.parts, [])
+        parts = tuple(parts or self.parts)
+        return self._recalled(space, allocation, parts, 1.0, lambda: self._evaluate(space, allocation, parts, []))
 
     def incumbent(self, space: Space, allocation: Allocation, parts: Sequence[int] | None = None) -> Incumbent:
-        """Evaluate and remember every layer's input, for `vary`."""
+        """Evaluate an allocation for `vary` to start from."""
+        parts = tuple(parts or self.parts)
         inputs: list[tuple[Tensor, dict[str, Any]]] = []
+        losses = self._recalled(space, allocation, parts, 1.0, lambda: self._evaluate(space, allocation, parts, inputs))
+        return Incumbent(allocation, parts, losses, inputs)
 
-        def remember(module: nn.Module, args: tuple[Any, ...], settings: dict[str, Any]) -> None:
-            inputs.append((args[0], settings))
-
-        hooks = [layer.register_forward_pre_hook(remember, with_kwargs=True) for layer in self._decoder.layers]
-        losses = self._evaluate(space, allocation, parts or self.parts, hooks)
-        return Incumbent(allocation, tuple(parts or self.parts), losses, inputs)
-
-    @torch.no_grad()
     def vary(self, space: Space, incumbent: Incumbent, layer: int, choice: Choice) -> Losses:
         """The losses with one layer changed, on the incumbent's samples: the forward starts at that layer."""
         allocation = (*incumbent.allocation[:layer], choice, *incumbent.allocation[layer + 1 :])
-        rows = self._rows(incumbent.parts)
-        cache = self._cache(space, allocation, incumbent.parts, first_layer=layer)
-        hidden = incumbent.layer_inputs[layer][0]
-        for index in range(layer, len(allocation)):
-            settings = {**incumbent.layer_inputs[index][1], "past_key_values": cache}
-            out = self._decoder.layers[index](hidden, **settings)
-            hidden = out[0] if isinstance(out, tuple) else out
-        self.spent += len(rows) / len(self.prepared) * (len(allocation) - layer) / len(allocation)
-        return self._losses(self._decoder.norm(hidden), rows)
+        share = (len(allocation) - layer) / len(allocation)
+        return self._recalled(
+            space, allocation, incumbent.parts, share, lambda: self._vary(space, incumbent, layer, allocation)
+        )
 
     @torch.no_grad()
     def evaluate_plan(self, plan: Plan) -> Losses:
@@ -170,25 +181,69 @@ class Evaluator:
 
     # --- inside ---
 
+    def _recalled(
+        self, space: Space, allocation: Allocation, parts: tuple[int, ...], share: float, measure: Callable[[], Losses]
+    ) -> Losses:
+        """What the journal holds of these parts, else what `measure` gives; share: of the layers that it runs."""
+        rows = self._rows(parts)
+        self.spent += share * len(rows) / len(self.prepared)
+        what = {"split": self.prepared.hash, "samples": [rows[0], rows[-1] + 1, len(rows)], **space.key(allocation)}
+        entry = self.journal.get(what)
+        if entry is None:
+            losses = measure()
+            self.journal.put(what, losses.values)
+            return losses
+        return self._of_rows(entry.values, rows)
+
     @torch.no_grad()
-    def _evaluate(self, space: Space, allocation: Allocation, parts: Sequence[int], hooks: Sequence[Any]) -> Losses:
-        """Removes `hooks` afterwards, whatever happens."""
+    def _evaluate(
+        self, space: Space, allocation: Allocation, parts: Sequence[int], inputs: list[tuple[Tensor, dict[str, Any]]]
+    ) -> Losses:
+        """Appends what goes into every layer to `inputs`."""
+
+        def remember(module: nn.Module, args: tuple[Any, ...], settings: dict[str, Any]) -> None:
+            inputs.append((args[0], settings))
+
+        rows = self._rows(parts)
+        hooks = [layer.register_forward_pre_hook(remember, with_kwargs=True) for layer in self._decoder.layers]
         try:
-            rows = self._rows(parts)
             hidden = self._forward(self._cache(space, allocation, parts), rows)
         finally:
             for hook in hooks:
                 hook.remove()
         return self._losses(hidden, rows)
 
+    @torch.no_grad()
+    def _vary(self, space: Space, incumbent: Incumbent, layer: int, allocation: Allocation) -> Losses:
+        if not incumbent.layer_inputs:  # its losses came from the journal
+            self._evaluate(space, incumbent.allocation, incumbent.parts, incumbent.layer_inputs)
+        rows = self._rows(incumbent.parts)
+        cache = self._batch(self._cache(space, allocation, incumbent.parts, first_layer=layer), rows)
+        hidden = incumbent.layer_inputs[layer][0]
+        for index in range(layer, len(allocation)):
+            settings = {**incumbent.layer_inputs[index][1], "past_key_values": cache}
+            out = self._decoder.layers[index](hidden, **settings)
+            hidden = out[0] if isinstance(out, tuple) else out
+        return self._losses(self._decoder.norm(hidden), rows)
+
     def _forward(self, cache: PlannedCache, rows: list[int]) -> Tensor:
-        """The continuations of these samples over their compressed prompts -> [N, C, hidden]."""
-        prompt_tokens = torch.tensor([self.prepared.prompt_tokens[row] for row in rows])
-        ids = self.prepared.input_ids[rows]
-        positions = (prompt_tokens[:, None] + torch.arange(ids.shape[1])).to(ids.device)
-        self.spent += len(rows) / len(self.prepared)
-        hidden: Tensor = self._decoder(ids, position_ids=positions, past_key_values=cache).last_hidden_state
+        """The inputs of these samples over their compressed prompts, all in one row -> [1, inputs, hidden]."""
+        inputs, device = [self.prepared.inputs[row] for row in rows], self.model.device
+        ids = torch.tensor([[token for sample in inputs for token in sample]], device=device)
+        starts = [self.prepared.prompt_tokens[row] for row in rows]
+        positions = torch.cat([start + torch.arange(len(sample)) for start, sample in zip(starts, inputs, strict=True)])
+        batch = self._batch(cache, rows)
+        hidden: Tensor = self._decoder(
+            ids, position_ids=positions[None].to(device), past_key_values=batch
+        ).last_hidden_state
         return hidden
+
+    def _batch(self, cache: PlannedCache, rows: list[int]) -> Cache:
+        """The cache for inputs that stand one after the other instead of padded."""
+        lengths = [len(self.prepared.inputs[row]) for row in rows]
+        longest = max(lengths)
+        slots = torch.cat([row * longest + torch.arange(length) for row, length in enumerate(lengths)])
+        return Cache(layers=[_OneRow(layer, slots, len(rows), longest) for layer in cast(Any, cache.layers)])
 
     def _rows(self, parts: Sequence[int]) -> list[int]:
         starts = self.prepared.part_starts
@@ -244,32 +299,99 @@ class Evaluator:
         return block
 
     def _losses(self, hidden: Tensor, rows: list[int]) -> Losses:
-        """hidden: [N, C, hidden], after the final norm. Only the tokens that are measured get logits."""
-        measured = torch.cat([hidden[i, : self.prepared.lengths[row]] for i, row in enumerate(rows)])
+        """hidden: [1, inputs, hidden], after the final norm. Only the tokens that are measured get logits."""
+        ends = np.cumsum([len(self.prepared.inputs[row]) for row in rows])
+        lengths = [len(self.prepared.targets[row]) for row in rows]
+        measured = torch.cat([hidden[0, end - length : end] for end, length in zip(ends, lengths, strict=True)])
         logits = cast(nn.Module, self.model.get_output_embeddings())(measured).float()
         softcap = getattr(self.model.config.get_text_config(decoder=True), "final_logit_softcapping", None)
         if softcap is not None:
             logits = torch.tanh(logits / softcap) * softcap
-        if not bool(logits.isfinite().all()):
-            raise NumericsError("the model's output under a plan must be finite, got NaN or Inf")
-        return self._losses_of(logits.log_softmax(-1), rows)
+        return self._losses_of(logits, rows)
 
-    def _losses_of(self, logprobs: Tensor, rows: list[int]) -> Losses:
-        """logprobs: [sum of these rows' lengths, V]."""
+    def _losses_of(self, logits: Tensor, rows: list[int]) -> Losses:
+        """logits: [sum of these rows' targets, V]. Raises NumericsError where they are not finite.
+
+        KL(p || q) = sum p log p - sum p logits + log sum exp logits: one product with what the full cache gave, and no
+        log-probabilities of the size of the vocabulary.
+        """
         prepared = self.prepared
-        lengths = [prepared.lengths[row] for row in rows]
-        starts = np.concatenate([[0], np.cumsum(prepared.lengths)])
-        taken = torch.cat([torch.arange(starts[row], starts[row + 1]) for row in rows])
-        full = prepared.full_logprobs if len(taken) == starts[-1] else prepared.full_logprobs[taken]
-        targets = torch.cat([prepared.targets[row, : prepared.lengths[row]] for row in rows])
-        ce = -logprobs.gather(1, targets[:, None])[:, 0]
-        kl = torch.nn.functional.kl_div(logprobs, full, log_target=True, reduction="none").sum(-1)
-        hit = logprobs.argmax(-1) == targets
-        split = [[part.double().mean().item() for part in x.split(lengths)] for x in (ce, kl, hit)]
-        return Losses(
-            np.array(split[0]),
-            np.array(split[1]),
-            np.array(split[2]) == 1.0,
-            tuple(prepared.kinds[row] for row in rows),
-            tuple(prepared.contexts[row] for row in rows),
-        )
+        lengths = [len(prepared.targets[row]) for row in rows]
+        normalizer = logits.logsumexp(-1)
+        if not bool(normalizer.isfinite().all()):
+            raise NumericsError("the model's output under a plan must be finite, got NaN or Inf")
+        targets = torch.tensor([token for row in rows for token in prepared.targets[row]], device=logits.device)
+        ce = normalizer - logits.gather(1, targets[:, None])[:, 0]
+        starts = np.concatenate([[0], np.cumsum([len(target) for target in prepared.targets])])
+        expected, at = torch.empty_like(normalizer), 0
+        for first, last in _runs(rows):
+            of_full = slice(int(starts[first]), int(starts[last]))
+            here = slice(at, at + of_full.stop - of_full.start)
+            at = here.stop
+            products = torch.bmm(self._full_probabilities[of_full, None], logits[here, :, None])[:, 0, 0]
+            expected[here] = products + self._full_entropy[of_full]
+        kl = (normalizer - expected).clamp(min=0)
+        hit = logits.argmax(-1) == targets
+        means = [[part.double().mean().item() for part in x.split(lengths)] for x in (ce, kl, hit)]
+        return self._of_rows(dict(zip(("ce", "kl", "exact"), means, strict=True)), rows)
+
+    def _of_rows(self, values: Mapping[str, Sequence[float]], rows: list[int]) -> Losses:
+        prepared = self.prepared
+        return Losses.of(values, [prepared.kinds[row] for row in rows], [prepared.contexts[row] for row in rows])
+
+
+def _runs(rows: list[int]) -> Iterator[tuple[int, int]]:
+    """Ascending stretches of consecutive rows, as (first, last + 1)."""
+    first = 0
+    for i in range(1, len(rows) + 1):
+        if i == len(rows) or rows[i] != rows[i - 1] + 1:
+            yield rows[first], rows[i - 1] + 1
+            first = i
+
+
+class _OneRow(CacheLayerMixin):
+    """A layer of a batched cache for inputs of different lengths that stand one after the other in a single row: the
+    model's matrix products see no padding, the cache's attention sees the padded batch."""
+
+    supports_early_init = False
+
+    def __init__(self, layer: PlannedLayer, slots: Tensor, num_rows: int, num_columns: int) -> None:
+        super().__init__()  # type: ignore[no-untyped-call]
+        self.layer, self.slots, self.size = layer, slots, (num_rows, num_columns)
+        self.is_sliding = layer.is_sliding
+
+    def lazy_initialization(self, key_states: Tensor, value_states: Tensor) -> None:
+        self.is_initialized = True
+
+    def update(self, key_states: Tensor, value_states: Tensor, *args: Any, **kwargs: Any) -> tuple[Any, Any]:
+        step, _ = self.layer.update(self.padded(key_states), self.padded(value_states))
+        return (_OneRowStep(self, step),) * 2
+
+    def padded(self, x: Tensor) -> Tensor:
+        """[1, H, inputs, D] -> [B, H, longest, D]."""
+        out = x.new_zeros(self.size[0] * self.size[1], x.shape[1], x.shape[3])
+        out[self.slots] = x[0].transpose(0, 1)
+        batch: Tensor = out.unflatten(0, self.size).transpose(1, 2)
+        return batch
+
+    def in_a_row(self, x: Tensor) -> Tensor:
+        """[B, H, longest, D] -> [1, H, inputs, D]."""
+        row: Tensor = x.transpose(1, 2).flatten(0, 1)[self.slots].transpose(0, 1)[None]
+        return row
+
+    def get_seq_length(self) -> int:
+        return self.layer.get_seq_length()
+
+    def get_mask_sizes(self, query_length: int) -> tuple[int, int]:
+        return self.layer.get_mask_sizes(query_length)
+
+    def get_max_length(self) -> int:
+        return -1
+
+
+class _OneRowStep(Handle):
+    def __init__(self, layer: _OneRow, step: Handle) -> None:
+        self.layer, self.step = layer, step
+
+    def attend(self, query: Tensor, num_padding: list[int] | None, scaling: float, softcap: float | None) -> Tensor:
+        return self.layer.in_a_row(self.step.attend(self.layer.padded(query), None, scaling, softcap))

@@ -54,9 +54,9 @@ class Prepared:
     """A split after prefill: N samples, sorted by part.
 
     token_rows: int64 [N, T], where each sample's (left-padded) prompt tokens are in a layer's keys and values;
-    prompt_tokens: their number; input_ids [N, C]: the last prompt token and the continuation but its last;
-    targets [N, C]: the continuation, padded with zeros; lengths: tokens of each continuation;
-    full_logprobs: float32 [sum of lengths, V], under the full cache; kinds, contexts: each sample's kind and context.
+    prompt_tokens: their number; inputs: what is fed over the compressed cache, the last prompt token and the
+    continuation but its last; targets: each continuation, predicted by as many of the last inputs;
+    full_logprobs: float32 [all targets, V], under the full cache; kinds, contexts: each sample's kind and context.
     part_starts: the samples of part p are part_starts[p] to part_starts[p + 1]; a part holds whole contexts.
     """
 
@@ -67,9 +67,8 @@ class Prepared:
     layers: tuple[PreparedLayer, ...]
     token_rows: Tensor
     prompt_tokens: list[int]
-    input_ids: Tensor
-    targets: Tensor
-    lengths: list[int]
+    inputs: list[tuple[int, ...]]
+    targets: list[tuple[int, ...]]
     full_logprobs: Tensor
     kinds: list[str]
     contexts: list[int]
@@ -243,9 +242,6 @@ def prepare(
                     observed[layer][scoring].append((observation.importance[0], observation.query_stats[0]))
         progress()
     part_starts += [len(samples)] * (num_parts + 1 - len(part_starts))
-    lengths = [len(sample.continuation) for _, sample in samples]
-    inputs = [(sample.prompt[-1], *sample.continuation[:-1]) for _, sample in samples]
-    longest, device = max(lengths), model.device
     return Prepared(
         name=split.name,
         hash=split.hash,
@@ -259,13 +255,10 @@ def prepare(
             )
             for layer in range(shape.num_layers)
         ),
-        token_rows=_left_pad(token_rows, 0).to(device),
+        token_rows=_left_pad(token_rows, 0).to(model.device),
         prompt_tokens=[len(rows) for rows in token_rows],
-        input_ids=torch.tensor([row + (0,) * (longest - len(row)) for row in inputs], device=device),
-        targets=torch.tensor(
-            [s.continuation + (0,) * (longest - len(s.continuation)) for _, s in samples], device=device
-        ),
-        lengths=lengths,
+        inputs=[(sample.prompt[-1], *sample.continuation[:-1]) for _, sample in samples],
+        targets=[sample.continuation for _, sample in samples],
         full_logprobs=torch.cat(logprobs),
         kinds=[sample.kind for _, sample in samples],
         contexts=[context for context, _ in samples],

@@ -42,6 +42,11 @@ class Scoring:
         return cls(scorer.name, tuple(sorted(scorer.parameters.items())), sinks, window)
 
     @property
+    def num_queries(self) -> int:
+        """The last queries that are looked at."""
+        return int(dict(self.parameters).get("queries", 0)) or self.window
+
+    @property
     def needs_parts(self) -> bool:
         """Whether the scorer looks at the layer's module (`LayerParts`)."""
         return not {"rotary_embedding", "output_projection"}.isdisjoint(SCORERS[self.scorer].needs)
@@ -52,7 +57,7 @@ class Observation:
     """What is remembered of a layer's prefill besides keys and values.
 
     importance: float32 [B, H_kv, T], +inf must stay, -inf must go; query_stats: float32 [B, H_kv, 2, D], over the GQA
-    group: E q**2 of the window's queries and max |q| of all.
+    group: E q**2 of the last queries and max |q| of all.
     """
 
     importance: Tensor
@@ -108,11 +113,11 @@ def observe(scoring: Scoring, prefill: Prefill) -> Observation:
 
     prefill: everything; the scorer is shown what it needs. Its window and sinks are the scoring's.
     """
-    prefill = replace(prefill, window=scoring.window, sinks=scoring.sinks)
+    prefill = replace(prefill, window=scoring.window, sinks=scoring.sinks, num_queries=scoring.num_queries)
     shown = prefill.shown(SCORERS[scoring.scorer].needs)
     importance = scorers.SCORERS[scoring.scorer].score(shown, dict(scoring.parameters))
     importance = importance.masked_fill(prefill.must_stay, float("inf")).masked_fill(prefill.must_go, float("-inf"))
-    window_queries, num_heads = prefill.query[:, :, -scoring.window :], prefill.key.shape[1]
+    window_queries, num_heads = prefill.query[:, :, -scoring.num_queries :], prefill.key.shape[1]
     is_query = prefill.is_token[..., -window_queries.shape[2] :]  # [B, 1, window]
     squares = (window_queries.double() ** 2).unflatten(1, (num_heads, -1)) * is_query[:, :, None, :, None]
     num_queries = is_query.sum(-1).clamp(min=1)[..., None] * squares.shape[2]

@@ -88,7 +88,8 @@ class QuantizerFacts:
     outliers: float | None = None
 
 
-_POOLING = {
+_WINDOW_ATTENTION = {
+    "queries": Parameter(0, minimum=0),  # the last queries that are looked at; 0: as many as the window keeps
     "kernel": Parameter(7, minimum=1),
     "pooling": Parameter("max", choices=("max", "average")),
 }
@@ -96,14 +97,18 @@ _POOLING = {
 SCORERS: dict[str, ScorerFacts] = {
     "streamingllm": ScorerFacts("arXiv 2309.17453", ("positions",)),
     "h2o": ScorerFacts("arXiv 2306.14048", ("keys", "all_queries")),
-    "snapkv": ScorerFacts("arXiv 2404.14469", ("keys", "window_queries"), _POOLING),
+    "snapkv": ScorerFacts("arXiv 2404.14469", ("keys", "window_queries"), _WINDOW_ATTENTION),
     "knorm": ScorerFacts("arXiv 2406.11430", ("keys",)),
     "tova": ScorerFacts("arXiv 2401.06104", ("keys", "last_query")),
     "keydiff": ScorerFacts("arXiv 2504.15364", ("keys",)),
     "criticalkv": ScorerFacts(
         "arXiv 2502.03805",
         ("keys", "values", "window_queries", "output_projection"),
-        {**_POOLING, "epsilon": Parameter(1e-4, minimum=0.0), "first_stage": Parameter(0.5, minimum=0.0, maximum=1.0)},
+        {
+            **_WINDOW_ATTENTION,
+            "epsilon": Parameter(1e-4, minimum=0.0),
+            "first_stage": Parameter(0.5, minimum=0.0, maximum=1.0),
+        },
     ),
     "expected_attention": ScorerFacts(
         "arXiv 2510.00636",

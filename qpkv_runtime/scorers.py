@@ -44,7 +44,8 @@ class Prefill:
 
     query: [B, H, T_q, D], the last T_q tokens' queries; key: [B, H_kv, T, D], after RoPE; num_padding: left padding of
     each row; scaling, softcap, sliding_window: the layer's attention; window, sinks: the numbers of most recent and of
-    first tokens that are kept anyway; value: [B, H_kv, T, D]; parts: of the layer's module.
+    first tokens that are kept anyway; value: [B, H_kv, T, D]; parts: of the layer's module; num_queries: what
+    "window_queries" are, 0 for as many as the window.
     """
 
     layer: int
@@ -58,12 +59,16 @@ class Prefill:
     sinks: int = 0
     value: Tensor | None = None
     parts: LayerParts | None = None
+    num_queries: int = 0
 
     def shown(self, needs: Sequence[Need]) -> Prefill:
         """This prefill (with all queries) without what `needs` do not name."""
-        num_queries = 0
-        for need, count in (("last_query", 1), ("window_queries", self.window), ("all_queries", self.query.shape[2])):
-            num_queries = count if need in needs else num_queries
+        counts = {
+            "last_query": 1,
+            "window_queries": self.num_queries or self.window,
+            "all_queries": self.query.shape[2],
+        }
+        num_queries = max(counts.get(need, 0) for need in needs)
         needs_parts = "rotary_embedding" in needs or "output_projection" in needs
         return replace(
             self,
@@ -153,6 +158,8 @@ class H2O:
 class SnapKV:
     """Attention received from the window's queries, pooled over neighbours (arXiv 2404.14469).
 
+    Differs from the paper where `queries` is not 0: then that many of the last queries are looked at while the window
+    that is kept may be smaller; under small budgets its tokens are the larger part of what a layer holds.
     Mean over the window and the GQA group; pooled over the tokens before the window, "same" padding.
     """
 

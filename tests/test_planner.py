@@ -120,8 +120,8 @@ def test_cached_prefill_gives_bitwise_the_kept_tokens_and_codes_of_a_fresh_one(t
         for index in (0, 1, 2):  # parts of one context each, in this order
             run = _ContextRun(model, space.shape, search_split.contexts[index], parts)
             for sample in range(len(search_split.contexts[index].samples)):
-                target = prepared.targets[min(row, len(prepared) - 1), : prepared.lengths[min(row, len(prepared) - 1)]]
-                if tuple(target.tolist()) != search_split.contexts[index].samples[sample].continuation:
+                expected = prepared.targets[min(row, len(prepared) - 1)]
+                if search_split.contexts[index].samples[sample].continuation != expected:
                     continue  # left out: the full cache cannot answer it
                 fresh = PlannedCache(plan, [torch.device("cpu")] * space.shape.num_layers, parts)
                 scoring = Scoring.of(scored.scorer, space.sinks, space.window)
