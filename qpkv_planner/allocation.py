@@ -39,10 +39,20 @@ DEFAULT_CONTEXT_TOKENS = 2048  # what a ratio refers to, where neither the user 
 
 @dataclass(frozen=True)
 class Choice:
-    """What one layer keeps: `tokens` per head in the format of this name (`format_named`)."""
+    """What one layer keeps: `tokens` per head in the format of this name (`format_named`).
+
+    above: tiers of more important tokens before them, (tokens, format) each, which no projection changes: a precision
+    ladder, with two tiers and nothing evicted MiKV.
+    """
 
     tokens: int
     format: str
+    above: tuple[tuple[int, str], ...] = ()
+
+    @property
+    def tiers(self) -> tuple[tuple[int, str], ...]:
+        """All tiers, most important first."""
+        return (*self.above, (self.tokens, self.format))
 
 
 Allocation = tuple[Choice, ...]
@@ -125,7 +135,7 @@ class Space:
         if key not in self._bytes:
             shape, heads = self.shape, self.heads_of(layer)
             held = heads.share_out(
-                ((format_named(choice.format), choice.tokens),),
+                tuple((format_named(format), tokens) for tokens, format in choice.tiers),
                 shape.num_kv_heads,
                 self.sinks + self.window,
                 self.most_tokens(layer),
@@ -165,7 +175,8 @@ class Space:
     def one_more(self, layer: int, choice: Choice) -> Choice | None:
         """The choice with one more storage quantum, or None where the layer holds all it can."""
         quantum = quantum_tokens(format_named(choice.format))
-        more = min(choice.tokens + quantum, self._full_tokens(layer, choice.format))
+        most = self._full_tokens(layer, choice.format) - sum(tokens for tokens, _ in choice.above)
+        more = min(choice.tokens + quantum, most)
         return replace(choice, tokens=more) if more > choice.tokens else None
 
     def least_bytes(self, formats: Sequence[str]) -> int:
@@ -240,7 +251,7 @@ class Space:
 
     def plan(self, allocation: Sequence[Choice], calibration: Calibration | None = None) -> Plan:
         """The plan of an allocation."""
-        names = dict.fromkeys([*(choice.format for choice in allocation), self.decode.format])
+        names = dict.fromkeys([*(name for choice in allocation for _, name in choice.tiers), self.decode.format])
         return Plan(
             version=1,
             model=self.model,
@@ -259,10 +270,10 @@ class Space:
             heads=self.heads if isinstance(self.heads, Heads) else UNIFORM,
             layers=tuple(
                 Layer(
-                    tiers=(Tier(tokens=c.tokens, format=c.format),),
+                    tiers=tuple(Tier(tokens=tokens, format=format) for tokens, format in choice.tiers),
                     heads=None if isinstance(self.heads, Heads) else self.heads[layer],
                 )
-                for layer, c in enumerate(allocation)
+                for layer, choice in enumerate(allocation)
             ),
             decode=self.decode,
             calibration=calibration,
@@ -274,8 +285,9 @@ class Space:
 
 
 def allocation_of(plan: Plan) -> Allocation:
-    """The allocation of a plan whose layers have one tier each."""
-    return tuple(Choice(layer.tokens, layer.tiers[0].format) for layer in plan.layers)
+    """The allocation of a plan."""
+    tiers = [[(tier.tokens, tier.format) for tier in layer.tiers] for layer in plan.layers]
+    return tuple(Choice(*layer[-1], tuple(layer[:-1])) for layer in tiers)
 
 
 def model_section(name: str, shape: ModelShape, dtype: str, storage_dtype: str, **rest: str | None) -> Model:
