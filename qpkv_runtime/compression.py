@@ -238,11 +238,13 @@ def write_block(block: Tensor, layout: LayerLedger, tiers: Sequence[TierTensors]
         rows = torch.tensor([row for row, _ in places], device=block.device)
         heads = torch.tensor([segment.head for _, segment in places], device=block.device)
         held = tiers[tier].of(rows, heads, capacity)
-        own = {name: own[rows, heads][:, None] for name, own in vectors.items()}
+        shape = batch_shape(len(places), num_rows, num_heads)
+        own = {name: own[rows, heads].unflatten(0, shape) for name, own in vectors.items()}
         content = {"positions": held.positions} if layout.is_sliding else {}
         for side, x in (("key", held.keys), ("value", held.values)):
             format = places[0][1].format
-            encoded = encode(layout.layer, format, side, x, held.valid, own)
+            x, valid = (y.flatten(0, 1).unflatten(0, shape) for y in (x, held.valid))
+            encoded = encode(layout.layer, format, side, x, valid, own)
             bits = side_format(format, side).bits
             content[f"{side}_codes"] = encoded.codes.flatten(2) if bits == 16 else packing.pack(encoded.codes, bits)
             if encoded.scales.shape[-1]:
@@ -252,8 +254,14 @@ def write_block(block: Tensor, layout: LayerLedger, tiers: Sequence[TierTensors]
                 content[f"{side}_places"] = encoded.places.to(place_dtype(capacity, held.keys.shape[-1]))
         for i, (row, segment) in enumerate(places):
             for name, buffer in segment.buffers.items():
-                _put(block[row : row + 1], buffer.offset, content[name][i])
+                _put(block[row : row + 1], buffer.offset, content[name].flatten(0, 1)[i][None])
     _put(block, layout.table.offset, table.flatten(1))
+
+
+def batch_shape(num_segments: int, num_rows: int, num_heads: int) -> tuple[int, int]:
+    """(rows, heads) as which segments of one capacity are written and read: a layer's heads together where they are
+    alike, for the quantizer whose groups span them, else one by one."""
+    return (num_rows, num_heads) if num_segments == num_rows * num_heads else (num_segments, 1)
 
 
 def _put(block: Tensor, offset: int, content: Tensor) -> None:

@@ -17,6 +17,7 @@ from qpkv_kernels.attention import attend
 from qpkv_runtime.compression import (
     STORAGE_DTYPES,
     HeadVectors,
+    batch_shape,
     decode,
     encode,
     place_dtype,
@@ -57,9 +58,7 @@ class PackedLayer:
         if len(members) == 1 and len(*members.values()) == num_rows * num_heads:
             ((capacity, places),) = members.items()
             keys, values, positions = self._read(tier, capacity, places, vectors)
-            shape = (num_rows, num_heads)
-            keys, values = (x.reshape(*shape, *x.shape[2:])[:, :, :most] for x in (keys, values))
-            return keys, values, None if positions is None else positions.reshape(*shape, -1)[..., :most]
+            return keys[:, :, :most], values[:, :, :most], None if positions is None else positions[..., :most]
         keys, values = torch.zeros(2, num_rows, num_heads, most, self.head_size, device=self.block.device)
         positions = torch.zeros(num_rows, num_heads, most, dtype=torch.int32, device=self.block.device)
         for capacity, places in members.items():
@@ -73,10 +72,12 @@ class PackedLayer:
     def _read(
         self, tier: int, capacity: int, places: list[tuple[int, int, int]], vectors: HeadVectors
     ) -> tuple[Tensor, Tensor, Tensor | None]:
-        """As `read`, of the segments at K places (row, head, offset) that have this capacity: [K, 1, capacity, D]."""
+        """As `read`, of the segments at K places (row, head, offset) that have this capacity, arranged by
+        `batch_shape`: [B, H_kv, capacity, D] where they are all, else [K, 1, capacity, D]."""
         segment = self.layout.segment_at(tier, capacity)
         rows, heads = (torch.tensor([place[i] for place in places], device=self.block.device) for i in (0, 1))
-        own = {name: vector[rows, heads][:, None] for name, vector in vectors.items()}
+        shape = batch_shape(len(places), len(self.block), self.num_heads)
+        own = {name: vector[rows, heads].unflatten(0, shape) for name, vector in vectors.items()}
         sides = []
         for side in ("key", "value"):
             bits = side_format(segment.format, side).bits
@@ -97,12 +98,13 @@ class PackedLayer:
         return sides[0], sides[1], positions
 
     def _buffer(self, name: str, segment: Segment, places: list[tuple[int, int, int]], dtype: torch.dtype) -> Tensor:
-        """One buffer of K segments laid out like `segment`, [K, 1, numbers]; empty if not stored."""
+        """One buffer of K segments laid out like `segment`, as `batch_shape` arranges them; empty if not stored."""
+        shape = batch_shape(len(places), len(self.block), self.num_heads)
         if name not in segment.buffers:
-            return self.block.new_empty(len(places), 1, 0, dtype=dtype)
+            return self.block.new_empty(*shape, 0, dtype=dtype)
         start, size = segment.buffers[name].offset, segment.buffers[name].size_bytes
         pieces = [self.block[row, offset + start : offset + start + size] for row, _, offset in places]
-        return torch.stack(pieces)[:, None].view(dtype)
+        return torch.stack(pieces).view(dtype).view(*shape, -1)
 
     @torch.no_grad()
     def attend(

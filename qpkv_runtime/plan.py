@@ -467,6 +467,12 @@ class Plan(_Value):
                     f"got {len(heads.weights)}"
                 )
             for tier in layer.tiers:
+                values = self.formats[tier.format].values.quantizer
+                if heads.share != "uniform" and QUANTIZERS[values].value_axis == "strided":
+                    raise ValueError(
+                        f"layers.{i}.tiers: {values} groups span the heads of a layer, which must be uniform, "
+                        f"got {heads.share} heads"
+                    )
                 quantum = quantum_tokens(self.formats[tier.format])
                 if heads.share != "uniform" and tier.tokens % quantum:
                     raise ValueError(

@@ -20,6 +20,7 @@ from qpkv_planner.allocation import (
     Allocation,
     Choice,
     Space,
+    allocation_of,
     default_reserve,
     format_name,
     format_named,
@@ -402,6 +403,26 @@ def test_the_reserve_is_64_tokens_where_the_budget_is_large():
     assert default_reserve(make_model(3, 64, (None,) * 30).shape, 10**9, "rotated-k4v4") == 64
     assert default_reserve(make_model(3, 64, (None,) * 30).shape, 10**9, "rotated-k4v4", 1) == 4
     assert default_reserve(make_model(3, 64, (None,) * 30).shape, 1, "rotated-k4v4") == 4
+
+
+# --- tiers ---------------------------------------------------------------------------------------------------------
+
+
+def test_a_choice_with_tiers_above_weighs_and_reads_back_as_its_plan():
+    """MiKV's two tiers with nothing evicted, and three: what is projected is the last."""
+    decode = Decode(reserve_tokens=8, format="flexgen-k4v4")
+    space = Space(make_model(2, 64, (None, None)), "1/16", 512, Scorer(name="knorm"), 2, 6, decode)
+    mikv = Choice(432, "mikv-k2v2", ((80, "16bit"),))
+    three = Choice(40, "rotated-k1v1", ((8, "16bit"), (16, "kivi-k4v3")))
+    plan = space.probe([mikv, three])
+    assert [layer.tokens for layer in plan.layers] == [512, 64]
+    assert make_ledger(plan).stored_bytes == space.bytes([mikv, three]) == plan.budget.planned_bytes
+    assert allocation_of(parse_plan(plan.to_yaml())) == (mikv, three)
+    assert space.one_more(0, mikv) is None, "nothing is left to keep"
+    filled = space.fill([replace(three, tokens=8)] * 2)
+    assert all(choice.above == three.above for choice in filled)
+    one_more = [space.one_more(0, filled[0]), filled[1]]
+    assert space.bytes(filled) <= space.limit_bytes < space.bytes(one_more)
 
 
 # --- names of formats ----------------------------------------------------------------------------------------------
