@@ -1,8 +1,8 @@
-"""The methods at a glance: every token scorer, head sharing and quantizer, as facts that need no torch.
+"""The methods at a glance: scorers, head sharings, presets and quantizers, as facts that need no torch.
 
 A plan names methods and the ledger weighs them; both work from this table alone, so reading a plan costs no
 torch import. The arithmetic lives in `scorers.py` and `quantizers.py` under the same names, and a test holds
-the two in step. Not here: how layers share a budget (`qpkv_planner.presets`), which is not a method of a layer.
+the two in step.
 """
 
 from __future__ import annotations
@@ -123,23 +123,38 @@ SCORERS: dict[str, ScorerFacts] = {
 class SharingFacts:
     """How a layer's kept tokens are divided among its KV heads; combines with every scorer and quantizer.
 
-    needs_weights: the plan gives a weight per head. alpha: the share of its even part (what it keeps anyway apart)
-    that a head has at least, or None.
+    needs: what divides: nothing, the prompt's scores, or a weight per head in the plan. alpha: the share of its even
+    part (what it keeps anyway apart) that a head has at least, or None.
     """
 
     paper: str
     rule: str
-    needs_weights: bool = False
+    needs: Literal["nothing", "scores", "weights"] = "nothing"
     alpha: float | None = None
 
 
 SHARINGS: dict[str, SharingFacts] = {
-    "uniform": SharingFacts("", "every head keeps the same number of tokens"),
+    "uniform": SharingFacts("", "every head the same number of tokens"),
     "adaptive": SharingFacts(
-        "arXiv 2407.11550 (Ada-KV)", "the layer's best tokens over all heads, anew for every prompt", alpha=0.2
+        "arXiv 2407.11550 (Ada-KV)", "the layer's best tokens over all heads, anew for every prompt", "scores", 0.2
     ),
-    "weighted": SharingFacts(
-        "arXiv 2410.19258 (HeadKV)", "in proportion to weights measured in calibration", needs_weights=True, alpha=0.2
+    "weighted": SharingFacts("arXiv 2410.19258 (HeadKV)", "in proportion to measured weights", "weights", 0.2),
+}
+
+
+@dataclass(frozen=True)
+class PresetFacts:
+    """A way to fill in the layers of a plan by arithmetic (`qpkv_planner.allocation` has it under the same name)."""
+
+    paper: str
+    rule: str
+    parameters: Mapping[str, Parameter] = field(default_factory=dict)
+
+
+PRESETS: dict[str, PresetFacts] = {
+    "uniform": PresetFacts("", "every layer the same number of tokens"),
+    "pyramidkv": PresetFacts(
+        "arXiv 2406.02069", "falls linearly from the first layer to the last", {"beta": Parameter(20, minimum=1)}
     ),
 }
 

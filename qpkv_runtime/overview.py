@@ -5,13 +5,13 @@ Every number of bytes is the ledger's; nothing here is worked out twice.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 from qpkv_runtime.ledger import layer_ledger, make_ledger
-from qpkv_runtime.methods import QUANTIZERS, SCORERS, Parameter
+from qpkv_runtime.methods import PRESETS, QUANTIZERS, SCORERS, SHARINGS, Parameter
 from qpkv_runtime.models.shape import ModelShape
-from qpkv_runtime.plan import Format, Interval, Plan, TensorFormat
+from qpkv_runtime.plan import Format, Heads, Interval, Plan, TensorFormat
 
 BAR_WIDTH = 24
 METHODS_HEAD_SIZE = 64  # for which `methods_overview` weighs the quantizers' metadata
@@ -26,6 +26,7 @@ def plan_overview(plan: Plan, file: str) -> dict[str, Any]:
         {
             "layer": i,
             "tokens": layer.tokens,
+            "heads": plan.heads_of(i).model_dump(mode="json"),
             "tiers": [
                 {"tokens": tier.tokens, "format": tier.format, **plan.formats[tier.format].model_dump(mode="json")}
                 for tier in layer.tiers
@@ -54,6 +55,7 @@ def plan_text(plan: Plan, file: str) -> str:
         "bytes": f"full {budget.full_bytes:,}, limit {budget.limit_bytes:,}, planned {planned}",
         "scorer": plan.scorer.name + (f" ({parameters})" if parameters else ""),
         "always kept": f"{plan.sinks} sinks, {plan.window} window",
+        "heads": ", ".join(dict.fromkeys(_sharing(plan.heads_of(i)) for i in range(model.num_layers))),
         "decode": f"reserve of {decode.reserve_tokens} tokens in {decode.format}, then {decode.then}",
         "calibrated": _calibrated(plan),
         "extrapolated": "yes, to a length it was not calibrated for" if plan.extrapolated else "no",
@@ -61,6 +63,10 @@ def plan_text(plan: Plan, file: str) -> str:
     width = max(map(len, header))
     lines = [f"{name:<{width}}  {value}" for name, value in header.items()]
     return "\n".join([*lines, "", *_layer_table(plan), *_measured(plan)])
+
+
+def _sharing(heads: Heads) -> str:
+    return heads.share + (f" (alpha {heads.alpha:g})" if heads.alpha is not None else "")
 
 
 def _calibrated(plan: Plan) -> str:
@@ -73,7 +79,7 @@ def _calibrated(plan: Plan) -> str:
 def _layer_table(plan: Plan) -> list[str]:
     ledger = make_ledger(plan)
     most_tokens = max(layer.tokens for layer in plan.layers)
-    rows = [["layer", "tokens", "keys", "values", "quantizer", "bytes", "share", "tokens"]]
+    rows = [["layer", "tokens", "keys", "values", "quantizer", "heads", "bytes", "share", "tokens"]]
     for i, (layer, block) in enumerate(zip(plan.layers, ledger.layers, strict=True)):
         formats = [plan.formats[tier.format] for tier in layer.tiers]
         rows.append(
@@ -83,14 +89,26 @@ def _layer_table(plan: Plan) -> list[str]:
                 " + ".join(str(format.keys.bits) for format in formats),
                 " + ".join(str(format.values.bits) for format in formats),
                 _quantizers(formats),
+                _head_tokens(plan, i),
                 f"{block.stored_bytes:,}",
                 f"{100 * block.stored_bytes / ledger.stored_bytes:.1f} %",
                 "#" * max(1, round(BAR_WIDTH * layer.tokens / most_tokens)),
             ]
         )
     total_tokens = sum(layer.tokens for layer in plan.layers)
-    rows.append(["total", str(total_tokens), "", "", "", f"{ledger.stored_bytes:,}", "100.0 %", ""])
-    return table(rows, left={4, 7})
+    rows.append(["total", str(total_tokens), "", "", "", "", f"{ledger.stored_bytes:,}", "100.0 %", ""])
+    if all(plan.heads_of(i).share == "uniform" for i in range(len(plan.layers))):
+        return table([[*row[:5], *row[6:]] for row in rows], left={4, 7})
+    return table(rows, left={4, 5, 8})
+
+
+def _head_tokens(plan: Plan, layer: int) -> str:
+    """How the layer's heads share its tokens: by weight, how many each of them keeps."""
+    heads = plan.heads_of(layer)
+    if heads.weights is None:
+        return heads.share
+    tiers = [tokens for _, tokens in plan.holdings(layer)[:-1] if not isinstance(tokens, int)]
+    return "/".join(str(sum(each)) for each in zip(*tiers, strict=True))
 
 
 def _quantizers(formats: Sequence[Format]) -> str:
@@ -116,29 +134,46 @@ def _interval(value: Interval) -> str:
 
 
 def methods_overview() -> dict[str, Any]:
-    """All scorers and quantizers, as JSON values."""
-    scorers = {
-        name: {
-            "paper": facts.paper,
-            "needs": list(facts.needs),
-            "parameters": {key: parameter.default for key, parameter in facts.parameters.items()},
-        }
-        for name, facts in SCORERS.items()
+    """All scorers, head sharings, presets and quantizers, as JSON values."""
+
+    def defaults(parameters: Mapping[str, Parameter]) -> dict[str, Any]:
+        return {key: parameter.default for key, parameter in parameters.items()}
+
+    return {
+        "scorers": {
+            name: {"paper": facts.paper, "needs": list(facts.needs), "parameters": defaults(facts.parameters)}
+            for name, facts in SCORERS.items()
+        },
+        "heads": {
+            name: {
+                "paper": facts.paper,
+                "rule": facts.rule,
+                "needs": facts.needs,
+                "parameters": {} if facts.alpha is None else {"alpha": facts.alpha},
+            }
+            for name, facts in SHARINGS.items()
+        },
+        "presets": {
+            name: {"paper": facts.paper, "rule": facts.rule, "parameters": defaults(facts.parameters)}
+            for name, facts in PRESETS.items()
+        },
+        "quantizers": {name: _quantizer(name) for name in QUANTIZERS},
     }
-    return {"scorers": scorers, "quantizers": {name: _quantizer(name) for name in QUANTIZERS}}
 
 
 def _quantizer(name: str) -> dict[str, Any]:
     facts = QUANTIZERS[name]
-    metadata = _metadata(name)
+    parameters = {"group": facts.group, "outliers": facts.outliers}
     return {
         "paper": facts.paper,
+        "needs": ["query_statistics"] if facts.head_vectors else [],
+        "parameters": {key: value for key, value in parameters.items() if value is not None},
         "bits": list(facts.bits),
         "key_axis": facts.key_axis,
         "value_axis": facts.value_axis,
         "group": facts.group,
         "head_size": METHODS_HEAD_SIZE,
-        **metadata,
+        **_metadata(name),
     }
 
 
@@ -147,49 +182,61 @@ def _metadata(quantizer: str) -> dict[str, float]:
     tokens, size = 1024, METHODS_HEAD_SIZE
     side = TensorFormat.model_validate({"quantizer": quantizer, "bits": QUANTIZERS[quantizer].bits[-1]})
     shape = ModelShape("", 1, 1, 1, size, tokens, (None,))
-    block = layer_ledger(0, ((Format(keys=side, values=side), tokens),), shape)
-    buffers = block.segment(0, 0).buffers
-    bits = {
-        f"{name}_metadata_bits_per_element": 8 * buffers[f"{name}_scales"].size_bytes / (tokens * size)
-        if f"{name}_scales" in buffers
-        else 0.0
-        for name in ("key", "value")
-    }
+    format = Format(keys=side, values=side).with_groups(size)
+    block = layer_ledger(0, ((format, tokens), (format, 1)), shape)
+    bits = {}
+    for side_name in ("key", "value"):
+        parts = [b for name, b in block.segment(0, 0).buffers.items() if name.startswith(f"{side_name}_")]
+        beside = sum(b.size_bytes for b in parts if b.name != f"{side_name}_codes")
+        bits[f"{side_name}_metadata_bits_per_element"] = 8 * beside / (tokens * size)
     return {**bits, "head_vectors_bytes": block.head_vectors.size_bytes if block.head_vectors else 0}
 
 
 def methods_text() -> str:
-    """Two tables: the scorers, and the quantizers with their metadata."""
+    """Tables of the scorers, the head sharings, the presets, and the quantizers with their metadata."""
     scorers = [["scorer", "needs", "parameters", "paper"]]
     for name, scorer in SCORERS.items():
-        parameters = ", ".join(_parameter(key, value) for key, value in scorer.parameters.items())
-        scorers.append([name, ", ".join(scorer.needs).replace("_", " "), parameters or "none", scorer.paper])
-    quantizers = [["quantizer", "bits", "a group runs along", "group", "metadata bits", "per head", "paper"]]
+        needs = ", ".join(scorer.needs).replace("_", " ")
+        scorers.append([name, needs, _parameters(scorer.parameters), scorer.paper])
+    heads = [["heads", "needs", "parameters", "rule", "paper"]]
+    for name, sharing in SHARINGS.items():
+        alpha = "none" if sharing.alpha is None else f"alpha {sharing.alpha:g}"
+        heads.append([name, sharing.needs, alpha, sharing.rule, sharing.paper or "none"])
+    presets = [["preset", "needs", "parameters", "rule", "paper"]]
+    for name, preset in PRESETS.items():
+        presets.append([name, "nothing", _parameters(preset.parameters), preset.rule, preset.paper or "none"])
+    quantizers = [
+        ["quantizer", "bits", "needs", "a group runs along", "parameters", "metadata bits", "per head", "paper"]
+    ]
     for name in QUANTIZERS:
         facts = _quantizer(name)
         key, value = facts["key_metadata_bits_per_element"], facts["value_metadata_bits_per_element"]
         has_groups = bool(key or value)
+        parameters = {"group": "all", **facts["parameters"]} if has_groups else {}
         quantizers.append(
             [
                 name,
                 ", ".join(map(str, facts["bits"])),
+                ", ".join(facts["needs"]).replace("_", " ") or "nothing",
                 f"keys {facts['key_axis']}, values {facts['value_axis']}" if has_groups else "none",
-                str(facts["group"] or ("all" if has_groups else "none")),
-                f"keys {key:g}, values {value:g}",
+                ", ".join(f"{key} {value}" for key, value in parameters.items()) or "none",
+                f"keys {key:.3g}, values {value:.3g}",
                 f"{facts['head_vectors_bytes']} bytes",
                 facts["paper"],
             ]
         )
+    tables = (table(rows, left=set(range(len(rows[0])))) for rows in (scorers, heads, presets, quantizers))
     return "\n".join(
         [
-            *table(scorers, left=set(range(4))),
-            "",
-            *table(quantizers, left=set(range(7)) - {3}),
-            "",
-            f"Metadata bits are per stored element, at the default group and a head size of {METHODS_HEAD_SIZE}; "
-            "bytes per head are stored once a layer.",
+            *(line for lines in tables for line in (*lines, "")),
+            f"Metadata bits are per stored element, in full groups of the default size at a head size of "
+            f"{METHODS_HEAD_SIZE}, outliers with their places included; bytes per head are stored once a layer.",
         ]
     )
+
+
+def _parameters(parameters: Mapping[str, Parameter]) -> str:
+    return ", ".join(_parameter(name, parameter) for name, parameter in parameters.items()) or "none"
 
 
 def _parameter(name: str, parameter: Parameter) -> str:

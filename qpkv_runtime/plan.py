@@ -248,7 +248,7 @@ def _as_name_or_mapping(schema: dict[str, Any]) -> None:
     """Let a sharing without settings be written as its name alone."""
     mapping = dict(schema)
     schema.clear()
-    names = [name for name, facts in SHARINGS.items() if not facts.needs_weights]
+    names = [name for name, facts in SHARINGS.items() if facts.needs != "weights"]
     schema.update(title=mapping["title"], anyOf=[{"enum": names}, mapping])
 
 
@@ -284,8 +284,9 @@ class Heads(_Value):
             raise ValueError(f"share must be one of {', '.join(SHARINGS)}, got {self.share!r}")
         if facts.alpha is None and self.alpha is not None:
             raise ValueError(f"{self.share} heads take no alpha, got {self.alpha}")
-        if facts.needs_weights != (self.weights is not None):
-            rule = "need weights, one per KV head" if facts.needs_weights else "take no weights"
+        needs_weights = facts.needs == "weights"
+        if needs_weights != (self.weights is not None):
+            rule = "need weights, one per KV head" if needs_weights else "take no weights"
             raise ValueError(f"{self.share} heads {rule}")
         if self.weights is not None and not any(self.weights):
             raise ValueError("weights must not all be zero")

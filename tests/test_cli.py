@@ -31,9 +31,9 @@ from qpkv_runtime.cache import PlannedCache
 from qpkv_runtime.errors import CacheError, InputError, NumericsError, PlanError
 from qpkv_runtime.generation import Sampling, Stats, generate
 from qpkv_runtime.ledger import full_bytes, make_ledger
-from qpkv_runtime.methods import QUANTIZERS, SCORERS
+from qpkv_runtime.methods import PRESETS, QUANTIZERS, SCORERS, SHARINGS
 from qpkv_runtime.models import KNOWN_MODELS, model_identity
-from qpkv_runtime.plan import Decode, Format, Layer, Plan, TensorFormat, Tier
+from qpkv_runtime.plan import Decode, Format, Heads, Layer, Plan, TensorFormat, Tier
 
 ROOT = Path(__file__).resolve().parents[1]
 ENVIRONMENT = {
@@ -677,7 +677,7 @@ def test_show_has_the_policy_and_a_row_for_every_layer(qpkv_show: Command, plan:
     assert values["bytes"] == (
         f"full {budget.full_bytes:,}, limit {budget.limit_bytes:,}, planned {budget.planned_bytes:,} ({share})"
     )
-    assert values["scorer"] == "snapkv (kernel 7, pooling max)"
+    assert values["scorer"] == "snapkv (queries 0, kernel 7, pooling max)"
     assert values["always kept"] == "2 sinks, 6 window"
     assert values["decode"] == "reserve of 8 tokens in rotated-k4v4, then evict"
     assert (values["calibrated"], values["extrapolated"]) == ("no", "no")
@@ -690,6 +690,27 @@ def test_show_has_the_policy_and_a_row_for_every_layer(qpkv_show: Command, plan:
         assert set(row[7]) == {"#"}
     assert total == ["total", str(sum(layer.tokens for layer in read.layers)), f"{ledger.stored_bytes:,}", "100.0 %"]
     assert "\x1b" not in ended.out
+
+
+def test_show_has_the_heads_of_a_layer_where_they_share(qpkv_show: Command, tmp_path: Path) -> None:
+    heads = Heads(share="weighted", weights=(4.0, 2.0, 1.0, 1.0))
+    plan = with_heads(tiny_plan(), heads)
+    header, table = qpkv_show(written(plan, tmp_path)).out.split("\n\n")
+    assert re.search(r"heads +weighted \(alpha 0.2\)", header)
+    counts = [int(count) for count in re.split(r"  +", table.splitlines()[1].strip())[5].split("/")]
+    assert sum(counts) == 4 * 64
+    assert counts == sorted(counts, reverse=True) and counts[0] > counts[3]
+    data = json.loads(qpkv_show(written(plan, tmp_path), "--json").out)
+    assert data["layers"][0]["heads"] == {"share": "weighted", "alpha": 0.2, "weights": [4.0, 2.0, 1.0, 1.0]}
+
+
+def with_heads(plan: Plan, heads: Heads) -> Plan:
+    """64 tokens in every layer, shared like this."""
+    layers = tuple(Layer(tiers=(Tier(tokens=64, format=layer.tiers[0].format),)) for layer in plan.layers)
+    changed = plan.model_copy(update={"heads": heads, "layers": layers})
+    weight = make_ledger(changed).stored_bytes
+    budget = plan.budget.model_copy(update={"limit_bytes": weight, "planned_bytes": weight})
+    return Plan.model_validate(changed.model_copy(update={"budget": budget}).model_dump())
 
 
 def test_show_has_every_tier_of_a_layer(qpkv_show: Command, tmp_path: Path) -> None:
@@ -734,9 +755,13 @@ def test_show_prints_one_json_object_a_line(qpkv_show: Command, tmp_path: Path) 
 def test_show_lists_every_method_with_its_metadata(qpkv_show: Command) -> None:
     ended = qpkv_show("--methods")
     listed = [line.split("  ")[0] for line in ended.out.splitlines()]
-    assert set(SCORERS) | set(QUANTIZERS) <= set(listed)
+    assert set(SCORERS) | set(SHARINGS) | set(PRESETS) | set(QUANTIZERS) <= set(listed)
+    assert re.search(r"adaptive +scores +alpha 0.2 .+ arXiv 2407.11550", ended.out)
+    assert re.search(r"pyramidkv +nothing +beta 20 .+ arXiv 2406.02069", ended.out)
+    assert re.search(r"kvquant .+ outliers 0.01 .+ arXiv 2401.18079", ended.out)
     assert re.search(
-        r"snapkv +keys, window queries +kernel 7, pooling max \(max or average\) +arXiv 2404.14469", ended.out
+        r"snapkv +keys, window queries +queries 0, kernel 7, pooling max \(max or average\) +arXiv 2404.14469",
+        ended.out,
     )
     data = json.loads(qpkv_show("--methods", "--json").out)
     assert data["scorers"]["random"]["parameters"] == {"seed": 0}
