@@ -133,10 +133,11 @@ class Context:
 
 @dataclass(frozen=True)
 class Split:
-    """A part of the calibration data."""
+    """A part of the calibration data. context_tokens: the length that was asked for; prompts are a little shorter."""
 
     name: str
     contexts: tuple[Context, ...]
+    context_tokens: int
 
     @property
     def hash(self) -> str:
@@ -180,7 +181,7 @@ def make_split(
     chance = random.Random(f"{name}-{seed}")
     frame = Frame.of(tokenizer)
     contexts = [_make_context(tokenizer, frame, name, i, context_tokens, chance) for i in range(num_contexts)]
-    return Split(name, tuple(contexts))
+    return Split(name, tuple(contexts), context_tokens)
 
 
 def _make_context(

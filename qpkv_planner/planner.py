@@ -236,7 +236,7 @@ class _Search:
         calibration = Calibration(
             objective=self.objective,
             seed=self.seed,
-            context_tokens=max(len(c.tokens) + len(c.samples[0].prompt) for c in splits["search"].contexts),
+            context_tokens=splits["validation"].context_tokens,
             hashes={name: split.hash for name, split in splits.items()},
             samples=self.record.pop("samples"),
             cross_entropy=_compare("ce", full, losses, uniform),

@@ -71,7 +71,7 @@ def recorded_split(plan: Plan, tokenizer: PreTrainedTokenizerBase) -> Split:
     """The validation split that a calibrated plan was measured on, made again with today's tokenizer and texts."""
     assert plan.calibration is not None
     contexts = int(plan.calibration.samples["validation"]["contexts"])
-    return make_split(tokenizer, "validation", contexts, plan.budget.context_tokens, plan.calibration.seed)
+    return make_split(tokenizer, "validation", contexts, plan.calibration.context_tokens, plan.calibration.seed)
 
 
 def measure(
@@ -84,7 +84,7 @@ def measure(
     scorings = list(dict.fromkeys(Scoring.of(plan.scorer, plan.sinks, plan.window) for plan in plans))
     parts: list[list[Losses]] = [[] for _ in (None, *plans)]
     for index, context in enumerate(split.contexts):
-        alone = Split(split.name, (context,))
+        alone = replace(split, contexts=(context,))
         storage_dtype = plans[0].model.storage_dtype
         prepared = prepare(model, model_shape(model), storage_dtype, alone, scorings, 1, lambda: None)
         evaluator = Evaluator(model, prepared)
@@ -308,6 +308,6 @@ def _samples_of(plan: Plan) -> tuple[object, ...]:
     if record is None:
         return ()
     return (
-        plan.model.id, plan.model.dtype, plan.model.storage_dtype, plan.budget.context_tokens, record.seed,
+        plan.model.id, plan.model.dtype, plan.model.storage_dtype, record.context_tokens, record.seed,
         record.hashes["validation"],
     )  # fmt: skip

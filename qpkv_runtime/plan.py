@@ -367,7 +367,8 @@ class Comparison(_Value):
 class Calibration(_Value):
     """What was measured, on the validation split unless it says otherwise, and how the plan was found.
 
-    lambda_: nats that one more MiB would save at the plan (yaml key `lambda_nats_per_mib`), beta: its inverse.
+    context_tokens: the calibration contexts' length as it was asked for. lambda_: nats that one more MiB would save
+    at the plan (yaml key `lambda_nats_per_mib`), beta: its inverse.
     search: the stages' record, for readers and reports; the runtime does not look at it.
     """
 

@@ -41,7 +41,7 @@ def recorded(tiny):
     space = Space(
         model=describe(*tiny, "tiny", split.contexts[0]),
         requested="1/8",
-        context_tokens=TOKENS,
+        context_tokens=TOKENS + 64,
         scorer=Scorer(name="snapkv"),
         sinks=4,
         window=16,
