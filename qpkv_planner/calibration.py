@@ -12,7 +12,7 @@ import hashlib
 import json
 import random
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 from transformers import PreTrainedTokenizerBase
 
@@ -116,11 +116,15 @@ WORDS = {
 
 @dataclass(frozen=True)
 class Sample:
-    """A branch of a context: prompt tokens after the context's, then the continuation that is measured."""
+    """A branch of a context: prompt tokens after the context's, then the continuation that is measured.
+
+    needle: (start, end) of the context's tokens that state what is asked for; None for a sample that asks for nothing.
+    """
 
     kind: str
     prompt: tuple[int, ...]
     continuation: tuple[int, ...]
+    needle: tuple[int, int] | None = None
 
 
 @dataclass(frozen=True)
@@ -213,6 +217,11 @@ def _make_context(
         tail += encode(" " + next(source))
     for statement in statements:
         pieces.insert(chance.randrange(len(pieces)), statement)
+    starts, start = {}, len(head)
+    for piece in pieces:
+        starts[id(piece)], start = start, start + len(piece)
+    needles = [(starts[id(statement)], starts[id(statement)] + len(statement)) for statement in statements]
+    samples = [replace(sample, needle=needle) for sample, needle in zip(samples, needles, strict=True)]
     text = Sample("text", tuple(tail[:TEXT_PROMPT_TOKENS]), tuple(tail[TEXT_PROMPT_TOKENS:][:CONTINUATION_TOKENS]))
     return Context(tuple(head + [token for piece in pieces for token in piece]), (*samples, text))
 

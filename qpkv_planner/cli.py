@@ -10,6 +10,7 @@ from pathlib import Path
 
 from qpkv_runtime.cli import CommandParser
 from qpkv_runtime.errors import InputError, run_command
+from qpkv_runtime.methods import SHARINGS
 
 DESCRIPTION = """\
 Search for the plan of a model under a memory budget: how many tokens of its KV cache each layer keeps, and with how
@@ -57,6 +58,10 @@ def parser() -> CommandParser:
     )
     out.add_argument("--sinks", type=int, default=4, help="first tokens that every layer keeps (default 4)")
     out.add_argument("--window", type=int, default=16, help="last tokens that every layer keeps (default 16)")
+    out.add_argument(
+        "--heads", choices=tuple(SHARINGS), default="uniform",
+        help="how KV heads share a layer's tokens (default uniform; weighted: by measured importance)",
+    )  # fmt: skip
     out.add_argument("--trials", type=int, help="Optuna trials (default 24, with --quick 10)")
     out.add_argument("--seed", type=int, default=0, help="of the calibration data and the search (default 0)")
     out.add_argument(
@@ -113,6 +118,7 @@ def _search(arguments: argparse.Namespace) -> str:
         then=arguments.then,
         sinks=arguments.sinks,
         window=arguments.window,
+        heads=arguments.heads,
         trials=arguments.trials,
         seed=arguments.seed,
         quiet=arguments.quiet,
@@ -132,6 +138,7 @@ def _uniform(arguments: argparse.Namespace) -> str:
         then=arguments.then,
         sinks=arguments.sinks,
         window=arguments.window,
+        heads=arguments.heads,
     ).to_yaml()
 
 

@@ -19,6 +19,7 @@ from qpkv_planner.allocation import DEFAULT_CONTEXT_TOKENS, Allocation, Space, f
 from qpkv_planner.calibration import Context, Split, make_split
 from qpkv_planner.elimination import eliminate
 from qpkv_planner.grid import FORMATS, QUICK_FORMATS, Setting, make_grid, with_format
+from qpkv_planner.heads import measure_heads
 from qpkv_planner.knapsack import improve
 from qpkv_planner.measurement import Evaluator, Losses, Objective, interval
 from qpkv_planner.prefill import largest_number, prepare
@@ -26,8 +27,9 @@ from qpkv_planner.progress import Progress
 from qpkv_runtime.attention import NAME
 from qpkv_runtime.compression import Scoring
 from qpkv_runtime.errors import InputError, UnsupportedModelError
+from qpkv_runtime.methods import SHARINGS
 from qpkv_runtime.models import model_identity, model_shape
-from qpkv_runtime.plan import Calibration, Comparison, Decode, Model, Plan, Scorer
+from qpkv_runtime.plan import Calibration, Comparison, Decode, Heads, Model, Plan, Scorer
 
 QUICK_CONTEXT_TOKENS = 1024
 FLOAT16_ROOM = 2.0**15  # a larger key or value in calibration and float16 could overflow on other text
@@ -76,6 +78,7 @@ def plan(
     then: str = "evict",
     sinks: int = 4,
     window: int = 16,
+    heads: str = "uniform",
     trials: int | None = None,
     seed: int = 0,
     quiet: bool = False,
@@ -85,7 +88,8 @@ def plan(
     model: loaded with attn_implementation="qpkv" (`qpkv_runtime.load_model` does). name: recorded as model.id, for
     `qpkv-run` to load it by. context_tokens: the length a ratio refers to, 2048 (quick: 1024) or the model's if that
     is smaller; calibration_tokens: the length of the calibration contexts, the same unless given. max_new_tokens: the
-    reserve's size. The same arguments, model and machine give the same plan, byte for byte.
+    reserve's size. heads: how KV heads share a layer's tokens (uniform, adaptive, or weighted, measured on the search
+    contexts). The same arguments, model and machine give the same plan, byte for byte.
 
     Raises BudgetError when the budget cannot hold sinks, window and reserve; NumericsError when the model gives NaN.
     """
@@ -115,6 +119,10 @@ def plan(
         window=window,
         decode=Decode.model_validate({"reserve_tokens": 1, "format": "rotated-k4v4", "then": then}),
     )
+    if heads not in SHARINGS:
+        raise InputError(f"heads must be one of {', '.join(SHARINGS)}, got {heads!r}")
+    shared = measure_heads(model, shape, splits["search"]) if heads == "weighted" else Heads(share=heads)
+    space = replace(space, heads=shared)
     low_bit = [format for format in effort.formats if format != "16bit"]
     with_format(space, low_bit[0], max_new_tokens).check_holds(low_bit)
     grid = make_grid(space, effort.scorers, effort.formats, max_new_tokens)

@@ -130,7 +130,7 @@ class _RecordingLayer(CacheLayerMixin):
         return -1
 
 
-class _ContextRun:
+class ContextRun:
     """The prefill of one context and of its samples, as flat tensors per layer. parts: each layer's, where a scorer
     looks at them."""
 
@@ -158,16 +158,30 @@ class _ContextRun:
     def prefill(self, layer: int, row: int, scoring: Scoring) -> Prefill:
         """What the runtime would see of this sample's prompt in one prefill under this scoring."""
         recorded = self.layers[layer]
-        assert recorded.past is not None and recorded.last is not None
-        num_tokens = self.num_prompt_tokens(row)
-        query, key, value = (
-            torch.cat([past, new[row : row + 1, :, : num_tokens - past.shape[2]]], 2)
-            for past, new in zip(recorded.past, recorded.last, strict=True)
-        )
+        query, key, value = self._tokens(layer, row, self.num_prompt_tokens(row))
         return Prefill(
             layer, query, key, [0], recorded.scaling, recorded.softcap, recorded.sliding_window,
             scoring.window, scoring.sinks, value, self.parts[layer] if self.parts else None,
         )  # fmt: skip
+
+    def answer(self, layer: int, row: int) -> Prefill:
+        """The tokens that predict this sample's continuation, as queries, over all that comes before them."""
+        recorded, num_queries = self.layers[layer], len(self.context.samples[row].continuation)
+        query, key, value = self._tokens(layer, row, self.num_prompt_tokens(row) + num_queries)
+        return Prefill(
+            layer, query[:, :, -num_queries:], key, [0], recorded.scaling, recorded.softcap, recorded.sliding_window,
+            num_queries, value=value,
+        )  # fmt: skip
+
+    def _tokens(self, layer: int, row: int, num_tokens: int) -> tuple[Tensor, Tensor, Tensor]:
+        """The first tokens of a sample: query [1, H, T, D], key and value [1, H_kv, T, D]."""
+        recorded = self.layers[layer]
+        assert recorded.past is not None and recorded.last is not None
+        query, key, value = (
+            torch.cat([past, new[row : row + 1, :, : num_tokens - past.shape[2]]], 2)
+            for past, new in zip(recorded.past, recorded.last, strict=True)
+        )
+        return query, key, value
 
     def num_prompt_tokens(self, row: int) -> int:
         """The prompt without its last token."""
@@ -176,7 +190,7 @@ class _ContextRun:
 
 def largest_number(model: PreTrainedModel, shape: ModelShape, context: Context) -> float:
     """The largest magnitude among a context's keys and values."""
-    pasts = [layer.past for layer in _ContextRun(model, shape, context).layers]
+    pasts = [layer.past for layer in ContextRun(model, shape, context).layers]
     return max(float(x.abs().max()) for past in pasts if past is not None for x in past[1:])
 
 
@@ -208,7 +222,7 @@ def prepare(
         if position and index % num_parts != order[position - 1] % num_parts:
             part_starts.append(len(samples))
         context = split.contexts[index]
-        run = _ContextRun(model, shape, context, parts)
+        run = ContextRun(model, shape, context, parts)
         kept = []
         for row, sample in enumerate(context.samples):
             loss = -run.logprobs[row].gather(1, torch.tensor(sample.continuation, device=model.device)[:, None]).mean()

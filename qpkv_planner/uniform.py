@@ -7,10 +7,10 @@ import re
 from qpkv_planner.allocation import DEFAULT_CONTEXT_TOKENS, PRESETS, Space, format_name, model_section
 from qpkv_planner.grid import make_setting
 from qpkv_runtime.errors import BudgetError, InputError
-from qpkv_runtime.methods import QUANTIZERS, SCORERS
+from qpkv_runtime.methods import QUANTIZERS, SCORERS, SHARINGS
 from qpkv_runtime.models.aliases import KNOWN_MODELS
 from qpkv_runtime.models.shape import ModelShape
-from qpkv_runtime.plan import Decode, Plan, Scorer
+from qpkv_runtime.plan import Decode, Heads, Plan, Scorer
 
 
 def uniform_plan(
@@ -23,6 +23,7 @@ def uniform_plan(
     then: str = "evict",
     sinks: int = 4,
     window: int = 16,
+    heads: str = "uniform",
 ) -> Plan:
     """Every layer alike (pyramidkv: fewer tokens with depth) under the exact budget, marked `calibrated: false`.
 
@@ -35,6 +36,8 @@ def uniform_plan(
     tokens = context_tokens or min(DEFAULT_CONTEXT_TOKENS, shape.max_context_tokens)
     if tokens > shape.max_context_tokens:
         raise InputError(f"the context length must be at most the model's {shape.max_context_tokens}, got {tokens}")
+    if SHARINGS[heads].needs == "weights":
+        raise InputError(f"a plan by arithmetic has no measured weights: --heads {heads} goes without --uniform")
     space = Space(
         model=model_section(model, shape, "bfloat16", "bfloat16"),
         requested=budget,
@@ -42,6 +45,7 @@ def uniform_plan(
         scorer=Scorer(name=scorer),
         sinks=sinks,
         window=window,
+        heads=Heads(share=heads),
         decode=Decode.model_validate({"reserve_tokens": 1, "format": format, "then": then}),
     )
     made = make_setting(space, scorer, preset, format, max_new_tokens)

@@ -51,6 +51,6 @@ def divide(
 
 
 def normalized(weights: Sequence[float]) -> tuple[float, ...]:
-    """Weights as a plan holds them: of sum 1, four decimals."""
+    """Weights as a plan holds them: of sum 1, four decimals; alike where all are zero."""
     total = sum(weights)
-    return tuple(round(weight / total, 4) for weight in weights)
+    return tuple(round(weight / total if total else 1 / len(weights), 4) for weight in weights)

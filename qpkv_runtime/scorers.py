@@ -3,7 +3,7 @@
 Higher score is kept; token zero is the oldest; scores are finite float32 [B, H_kv, T]. A scorer is shown exactly what
 its `needs` in `methods.py` say (`Prefill.shown`). What must stay (sinks, the window) and what must not (padding, tokens
 outside a sliding window) is decided for all scorers alike: `Prefill` says what it is, `compression.py` enforces it.
-Query heads become KV heads in one place, `_kv_heads`.
+Query heads become KV heads in one place, `kv_heads`.
 """
 
 from __future__ import annotations
@@ -139,7 +139,7 @@ class StreamingLLM:
         return _per_head(prefill, prefill.positions)
 
 
-def _kv_heads(scores: Tensor) -> Tensor:
+def kv_heads(scores: Tensor) -> Tensor:
     """Of query heads [B, H_kv, G, T] to KV heads [B, H_kv, T]: the mean over the group that shares a KV head."""
     return scores.mean(2)
 
@@ -151,7 +151,7 @@ class H2O:
     def score(self, prefill: Prefill, parameters: Mapping[str, ParameterValue]) -> Tensor:
         total = torch.zeros_like(prefill.key[..., 0], dtype=torch.float32)
         for probabilities in prefill.attention():
-            total += _kv_heads(probabilities.sum(3))
+            total += kv_heads(probabilities.sum(3))
         return total
 
 
@@ -165,7 +165,7 @@ class SnapKV:
 
     def score(self, prefill: Prefill, parameters: Mapping[str, ParameterValue]) -> Tensor:
         kernel = int(parameters["kernel"])
-        received = _kv_heads(torch.cat(list(prefill.attention()), 3).mean(3))  # [B, H_kv, T]
+        received = kv_heads(torch.cat(list(prefill.attention()), 3).mean(3))  # [B, H_kv, T]
         num_before = max(0, received.shape[-1] - prefill.window)
         before, window = received[..., :num_before], received[..., num_before:]
         if num_before and parameters["pooling"] == "max":
@@ -190,7 +190,7 @@ class Tova:
 
     def score(self, prefill: Prefill, parameters: Mapping[str, ParameterValue]) -> Tensor:
         (probabilities,) = prefill.attention()  # [B, H_kv, G, 1, T]
-        return _per_head(prefill, _kv_heads(probabilities[..., 0, :]).mean(1, keepdim=True))
+        return _per_head(prefill, kv_heads(probabilities[..., 0, :]).mean(1, keepdim=True))
 
 
 class KeyDiff:
@@ -219,7 +219,7 @@ class CriticalKV:
 
     def score(self, prefill: Prefill, parameters: Mapping[str, ParameterValue]) -> Tensor:
         first = SNAPKV.score(prefill, parameters)
-        second = (first + float(parameters["epsilon"])) * _kv_heads(_projected_norms(prefill))
+        second = (first + float(parameters["epsilon"])) * kv_heads(_projected_norms(prefill))
         lowest, highest = prefill.must_go.expand_as(first), prefill.must_stay & ~prefill.must_go
         share, best = float(parameters["first_stage"]), []
         for stage, pace in ((first, share), (second, 1 - share)):
@@ -275,7 +275,7 @@ class ExpectedAttention:
             logits.append((mean[..., None, :] * key).sum(-1) + ((key @ covariance) * key).sum(-1))
         expected = torch.cat(logits, -1).masked_fill(~counted[:, :, None], float("-inf")).softmax(-1)
         norms = torch.linalg.vector_norm(prefill.value.double(), dim=-1)
-        scores: Tensor = (_kv_heads(expected) + float(parameters["epsilon"])) * norms
+        scores: Tensor = (kv_heads(expected) + float(parameters["epsilon"])) * norms
         return scores.float()
 
 

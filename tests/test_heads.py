@@ -16,8 +16,10 @@ from test_ledger import formats as all_formats
 from test_ledger import holdings_of_a_layer, make_shape, shapes
 
 from qpkv_planner.allocation import Choice, Space, format_named, uniform
+from qpkv_planner.uniform import uniform_plan
 from qpkv_runtime.cache import PlannedCache
 from qpkv_runtime.compression import TierTensors, adaptive_tokens, decode, encode, rank, read_vectors, write_block
+from qpkv_runtime.errors import InputError
 from qpkv_runtime.heads import divide, least_tokens
 from qpkv_runtime.ledger import layer_bytes, layer_ledger, make_ledger, quantum_tokens, shared_bytes
 from qpkv_runtime.methods import QUANTIZERS
@@ -401,3 +403,10 @@ def test_a_layers_sharing_stands_in_its_line():
     lines = [line for line in plan.to_yaml().splitlines() if line.startswith("- {tiers: ")]
     assert len(lines) == plan.model.num_layers
     assert all("heads: {share: weighted, alpha: 0.1, weights: [1.0," in line for line in lines)
+
+
+def test_a_uniform_plan_takes_adaptive_heads_and_refuses_weights_that_nobody_measured():
+    plan = uniform_plan("smollm2", "1/32", "snapkv:kivi:4bit", heads="adaptive")
+    assert plan.heads == ADAPTIVE and plan.budget.planned_bytes <= plan.budget.limit_bytes
+    with pytest.raises(InputError, match="--heads weighted goes without --uniform"):
+        uniform_plan("smollm2", "1/32", "snapkv:kivi:4bit", heads="weighted")

@@ -17,16 +17,17 @@ from qpkv_planner import cli
 from qpkv_planner.allocation import Choice, Space, allocation_of, uniform
 from qpkv_planner.calibration import CONTINUATION_TOKENS, FACTS, WORDS, make_split
 from qpkv_planner.grid import make_setting
+from qpkv_planner.heads import measure_heads
 from qpkv_planner.knapsack import _solve
 from qpkv_planner.measurement import Evaluator, Losses, interval
 from qpkv_planner.planner import describe
-from qpkv_planner.prefill import _ContextRun, prepare
+from qpkv_planner.prefill import ANSWERABLE_NATS, ContextRun, prepare
 from qpkv_planner.texts import SPLITS, references, speeches
 from qpkv_runtime.cache import PlannedCache, layer_parts
 from qpkv_runtime.compression import Scoring
 from qpkv_runtime.errors import InputError, NumericsError
 from qpkv_runtime.models import load_model, load_tokenizer, model_shape
-from qpkv_runtime.plan import Decode, Scorer, load_plan, parse_plan
+from qpkv_runtime.plan import Decode, Heads, Scorer, load_plan, parse_plan
 
 TOKENS = 384
 SCORERS = ("snapkv", "h2o", "criticalkv", "expected_attention")
@@ -112,13 +113,14 @@ def test_cached_prefill_gives_bitwise_the_kept_tokens_and_codes_of_a_fresh_one(t
     ]
     allocation = tuple(Choice(space.legal_tokens(i, 60 + 10 * i, format), format) for i, format in enumerate(formats))
     parts = layer_parts(model)
-    for scorer in SCORERS:
-        scored = replace(space, scorer=Scorer(name=scorer))
+    weighted = Heads(share="weighted", weights=(4.0, 1.0, 2.0, 1.0))
+    for scorer, heads in zip(SCORERS, (Heads(share="uniform"), Heads(share="adaptive"), weighted) * 2, strict=False):
+        scored = replace(space, scorer=Scorer(name=scorer), heads=heads)
         plan = scored.probe(allocation)
         evaluator = Evaluator(model, prepared)
         row = 0
         for index in (0, 1, 2):  # parts of one context each, in this order
-            run = _ContextRun(model, space.shape, search_split.contexts[index], parts)
+            run = ContextRun(model, space.shape, search_split.contexts[index], parts)
             for sample in range(len(search_split.contexts[index].samples)):
                 expected = prepared.targets[min(row, len(prepared) - 1)]
                 if search_split.contexts[index].samples[sample].continuation != expected:
@@ -134,6 +136,40 @@ def test_cached_prefill_gives_bitwise_the_kept_tokens_and_codes_of_a_fresh_one(t
                     assert torch.equal(fresh.arena.block(layer)[0], block[in_part]), (scorer, layer)
                 row += 1
         assert row == len(prepared)
+
+
+def test_head_weights_are_the_attention_that_finds_the_needle(tiny, search_split):
+    """Against transformers' own eager attention over prompt and answer in one forward, head by head in float64."""
+    model, shape = tiny[0], model_shape(tiny[0])
+    split = replace(search_split, contexts=search_split.contexts[:1])
+    found = measure_heads(model, shape, split)
+    assert found == measure_heads(model, shape, split)
+    (context,), run = split.contexts, ContextRun(model, shape, split.contexts[0])
+    scores = np.zeros((shape.num_layers, shape.num_query_heads))
+    model.set_attn_implementation("eager")
+    num_needles = 0
+    for sample, logprobs in zip(context.samples, run.logprobs, strict=True):
+        answer = torch.tensor(sample.continuation)
+        if sample.needle is None or -logprobs.gather(1, answer[:, None]).mean() > ANSWERABLE_NATS:
+            continue
+        start, end = sample.needle
+        statement = tiny[1].decode(list(context.tokens[start:end]))
+        assert tiny[1].decode(list(sample.continuation)).strip() in statement and statement.endswith(".")
+        tokens = context.tokens + sample.prompt + sample.continuation[:-1]
+        with torch.no_grad():
+            layers = model(torch.tensor([tokens]), output_attentions=True).attentions
+        num_needles += 1
+        for layer, attention in enumerate(layers):
+            for head in range(shape.num_query_heads):
+                for query in attention[0, head, -len(answer) :].double().numpy():
+                    top = np.argsort(-query, kind="stable")[: end - start]
+                    scores[layer, head] += sum(query[j] for j in top if start <= j < end) / len(answer)
+    model.set_attn_implementation("qpkv")
+    assert num_needles >= 2
+    for heads, per_query_head in zip(found, scores, strict=True):
+        per_head = per_query_head.reshape(shape.num_kv_heads, -1).mean(1)
+        assert np.allclose(heads.weights, per_head / per_head.sum(), atol=2e-4)
+    assert max(max(heads.weights) for heads in found) > 0.4, "some heads find needles and others do not"
 
 
 def test_starting_at_the_changed_layer_equals_a_whole_evaluation_bitwise(tiny, space, prepared):
