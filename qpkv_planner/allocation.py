@@ -34,6 +34,7 @@ from qpkv_runtime.plan import (
     Tier,
 )
 
+DEFAULT_RESERVE_TOKENS = 64
 DEFAULT_CONTEXT_TOKENS = 2048  # what a ratio refers to, where neither the user nor a shorter model says otherwise
 
 
@@ -246,7 +247,10 @@ class Space:
             if isinstance(self.heads, tuple)
             else self.heads.model_dump(),
             "decode": [self.decode.format, self.decode.reserve_tokens],
-            "layers": [[choice.tokens, choice.format] for choice in allocation],
+            "layers": [
+                [*choice.above, [choice.tokens, choice.format]] if choice.above else [choice.tokens, choice.format]
+                for choice in allocation
+            ],
         }
 
     def plan(self, allocation: Sequence[Choice], calibration: Calibration | None = None) -> Plan:
@@ -296,7 +300,7 @@ def model_section(name: str, shape: ModelShape, dtype: str, storage_dtype: str, 
     return Model.model_validate({"id": name, "dtype": dtype, "storage_dtype": storage_dtype, **values, **rest})
 
 
-def default_reserve(shape: ModelShape, limit: int, format: str, wanted_tokens: int = 64) -> int:
+def default_reserve(shape: ModelShape, limit: int, format: str, wanted_tokens: int = DEFAULT_RESERVE_TOKENS) -> int:
     """Tokens of reserve: `wanted_tokens`, or what a quarter of the budget holds where that is less; at least one
     storage quantum."""
     quantum, written = quantum_tokens(format_named(format)), format_named(format)

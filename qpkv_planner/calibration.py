@@ -3,7 +3,7 @@
 A context is prefilled once; its samples branch from it: a question (its tokens run over the dense cache, so it is
 inside the compressed prompt) whose answer is the continuation, or the document going on. Questions use the model's
 chat template when it has one. Splits differ in source texts, fact templates, names and values, not just in samples.
-Same tokenizer, sizes and seed: the same tokens.
+Same tokenizer, sizes and seed: the same tokens. A user's own file takes the place of all this (`Data.file`).
 """
 
 from __future__ import annotations
@@ -11,8 +11,10 @@ from __future__ import annotations
 import hashlib
 import json
 import random
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any, Literal
 
 from transformers import PreTrainedTokenizerBase
 
@@ -21,18 +23,97 @@ from qpkv_runtime.errors import InputError
 
 TEXT_PROMPT_TOKENS = 16  # of the document after the context, before the continuation that is measured
 CONTINUATION_TOKENS = 6  # at most, of any sample
-REFERENCE_EVERY = 4  # every fourth context is reference prose, the others are speeches
+USER_PROMPT_TOKENS = 16  # of a user's prompt, the part that branches from the context
+SEARCH_SHARE = 0.4  # of a user's samples; the others are for validation
+
+Regime = Literal["aware", "agnostic"]
+Target = Literal["gold", "self"]
+DOCUMENTS = ("prose", "reference", "code")
+DEFAULT_MIX = {"number": 2, "word": 1, "place": 1, "line": 1, "chain": 1, "prose": 5, "reference": 2, "code": 1}
+
+
+@dataclass(frozen=True)
+class Data:
+    """Where calibration samples come from.
+
+    regime: "aware", the question is inside the compressed prompt; "agnostic", the context is compressed first and the
+    question goes over the compressed cache. target: the "gold" continuation, or what the full cache writes itself
+    ("self"). mix: facts of each kind in a context, and in which proportions the documents come, as sorted pairs.
+    file: a user's samples in place of the built-in ones.
+    """
+
+    regime: Regime = "aware"
+    target: Target = "gold"
+    mix: tuple[tuple[str, int], ...] = tuple(sorted(DEFAULT_MIX.items()))
+    file: Path | None = None
+
+    def record(self) -> dict[str, Any]:
+        """What a plan says of it, and `of_record` reads."""
+        source: dict[str, Any] = {"mix": dict(self.mix)}
+        if self.file is not None:
+            source = {"file": self.file.name, "file_hash": hash_file(self.file)}
+        return {"regime": self.regime, "target": self.target, **source}
+
+    @classmethod
+    def of_record(cls, record: Mapping[str, Any], file: Path | None = None) -> Data:
+        """The data that `record` describes. Raises InputError where it was a user's and `file` is not that one."""
+        if not record:
+            return BUILT_IN
+        if "file" in record:
+            if file is None:
+                raise InputError(f"the plan was calibrated on {record['file']}: name that file with --calibration")
+            if hash_file(file) != record["file_hash"]:
+                raise InputError(
+                    f"{file} is not the {record['file']} that the plan was calibrated on: its hash differs"
+                )
+            return cls(record["regime"], record["target"], file=file)
+        return cls(record["regime"], record["target"], tuple(sorted(record["mix"].items())))
+
+
+BUILT_IN = Data()
+
+
+def parse_mix(text: str) -> tuple[tuple[str, int], ...]:
+    """`number=2,word=1,prose=1` -> a mix; what is not named is left out. Raises InputError."""
+    mix: dict[str, int] = {}
+    for part in text.split(","):
+        kind, _, count = part.strip().partition("=")
+        if kind not in DEFAULT_MIX or not count.isdigit():
+            raise InputError(
+                f"--calibration-mix is like number=2,word=1,prose=1, its kinds {', '.join(DEFAULT_MIX)}, got {text!r}"
+            )
+        mix[kind] = int(count)
+    named = sum(mix.get(kind, 0) * (4 if kind == "line" else 1) for kind in DEFAULT_MIX if kind not in DOCUMENTS)
+    if named > 10 or mix.get("chain", 0) > 2:
+        raise InputError(
+            f"--calibration-mix takes up to 10 facts a context (a line counts 4) and 2 chains, got {text!r}"
+        )
+    if not any(mix.get(kind) for kind in DOCUMENTS):
+        raise InputError(f"--calibration-mix needs a document kind ({', '.join(DOCUMENTS)}), got {text!r}")
+    return tuple(sorted(mix.items()))
+
+
+def hash_file(path: Path) -> str:
+    try:
+        return "sha256:" + hashlib.sha256(path.read_bytes()).hexdigest()
+    except OSError as error:
+        raise InputError(f"cannot read {path}: {error.strerror}") from None
 
 
 @dataclass(frozen=True)
 class Fact:
-    """A kind of fact: the statement, the question, the answer's beginning, and what kind of value is asked for."""
+    """A kind of fact: the statement, the question, the answer's beginning, and what kind of value is asked for.
+
+    more: statements that stand elsewhere in the context; copies: how often it is stated of something else too.
+    """
 
     kind: str
     statement: str
     question: str
     lead: str
     values: str
+    more: tuple[str, ...] = ()
+    copies: int = 0
 
 
 FACTS = {
@@ -54,6 +135,10 @@ FACTS = {
         Fact("place", "{person} lives in {value}.", "Where does {person} live?", "{person} lives in", "places"),
         Fact("place", "{name} comes from {value} and likes the sea.", "Where does {name} come from?",
              "{name} comes from", "places"),
+        Fact("line", "line {thing}: REGISTER_CONTENT is <{value}>.", "What is the REGISTER_CONTENT in line {thing}?",
+             "The REGISTER_CONTENT in line {thing} is <", "numbers", copies=3),
+        Fact("chain", "VAR {variable} = {value}.", "What is the value of VAR {copy}?", "The value of VAR {copy} is",
+             "numbers", more=("VAR {copy} = VAR {variable}.",)),
     ),
     "validation": (
         Fact("number", "The secret number of {thing} is {value}.", "What is the secret number of {thing}?",
@@ -69,6 +154,10 @@ FACTS = {
         Fact("place", "{person} was born in {value}.", "Where was {person} born?", "{person} was born in", "places"),
         Fact("place", "{name} moved to {value} last year.", "Where did {name} move to last year?",
              "{name} moved to", "places"),
+        Fact("line", "entry {thing} holds <{value}>;", "What does entry {thing} hold?",
+             "The entry {thing} holds <", "numbers", copies=3),
+        Fact("chain", "Set {variable} to {value}.", "What is {copy} set to?", "The variable {copy} is set to",
+             "numbers", more=("Set {copy} to {variable}.",)),
     ),
     "test": (
         Fact("number", "The locker number of {name} is {value}.", "What is the locker number of {name}?",
@@ -81,10 +170,12 @@ FACTS = {
              "The home of {person} is in", "places"),
         Fact("place", "The birthplace of {person} is {value}.", "What is the birthplace of {person}?",
              "The birthplace of {person} is", "places"),
+        Fact("line", "key {thing} -> [{value}]", "Which value does key {thing} have?",
+             "The value of key {thing} is [", "numbers", copies=3),
+        Fact("chain", "Let {variable} be {value}.", "What is {copy}?", "The value of {copy} is", "numbers",
+             more=("Let {copy} be {variable}.",)),
     ),
 }  # fmt: skip
-KINDS = ("number", "number", "word", "place")  # the facts of one context
-
 WORDS = {
     "search": {
         "first": "Maria John Elena Peter Laura David Sofia Thomas Clara Martin",
@@ -94,6 +185,7 @@ WORDS = {
         "colors": "red blue green yellow",
         "words": "kettle banjo hammer globe compass basket",
         "places": "Porto Hamburg Boston Dublin Madrid Oslo Vienna Cairo",
+        "variables": "X1 X7 Q3 K9 M4 T6",
     },
     "validation": {
         "first": "Julia Daniel Nora Felix Alice Oscar Emma Victor Irene Hugo",
@@ -102,6 +194,7 @@ WORDS = {
         "noun": "rocket saddle button camera carpet cherry cloud coffee",
         "words": "lemon piano tiger crown ladder pillow",
         "places": "Lisbon Prague Athens Berlin Lima Tokyo Paris Rome",
+        "variables": "A2 B8 D5 F1 H7 J3",
     },
     "test": {
         "first": "Helen Simon Rosa Walter Diana Henry Olga Frank Paula George",
@@ -110,6 +203,7 @@ WORDS = {
         "noun": "dragon eagle engine falcon feather finger flower guitar",
         "words": "honey anchor violet sailor market wheel",
         "places": "Delhi Seoul Milan Geneva Denver Austin Dallas London",
+        "variables": "N1 P6 R4 U9 V2 W8",
     },
 }
 
@@ -137,16 +231,18 @@ class Context:
 
 @dataclass(frozen=True)
 class Split:
-    """A part of the calibration data. context_tokens: the length that was asked for; prompts are a little shorter."""
+    """A part of the calibration data. regime, target: as in `Data`."""
 
     name: str
     contexts: tuple[Context, ...]
-    context_tokens: int
+    regime: Regime = "aware"
+    target: Target = "gold"
 
     @property
     def hash(self) -> str:
         content = [[c.tokens, [[s.kind, s.prompt, s.continuation] for s in c.samples]] for c in self.contexts]
-        return "sha256:" + hashlib.sha256(json.dumps(content).encode()).hexdigest()
+        how = [] if (self.regime, self.target) == ("aware", "gold") else [self.regime, self.target]
+        return "sha256:" + hashlib.sha256(json.dumps([*content, *how]).encode()).hexdigest()
 
 
 @dataclass(frozen=True)
@@ -175,75 +271,176 @@ class Frame:
         return f"{self.before_question}{fact.question.format(**names)}{self.after_question}{fact.lead.format(**names)}"
 
 
-def make_split(
-    tokenizer: PreTrainedTokenizerBase, name: str, num_contexts: int, context_tokens: int, seed: int
-) -> Split:
-    """`num_contexts` contexts whose prompts, question and answer included, take up to `context_tokens` tokens.
+def make_splits(
+    tokenizer: PreTrainedTokenizerBase, counts: Mapping[str, int], context_tokens: int, seed: int, data: Data
+) -> dict[str, Split]:
+    """The splits of these names, each of so many contexts whose prompts, question and answer included, take up to
+    `context_tokens` tokens.
 
-    Raises InputError when that is too short for the questions.
+    Raises InputError when that is too short for the questions, or a user's file cannot be read or holds too little.
     """
+    if data.file is not None:
+        return _user_splits(tokenizer, data, counts, context_tokens, seed)
+    return {name: make_split(tokenizer, name, count, context_tokens, seed, data) for name, count in counts.items()}
+
+
+def make_split(
+    tokenizer: PreTrainedTokenizerBase, name: str, num_contexts: int, context_tokens: int, seed: int,
+    data: Data = BUILT_IN,
+) -> Split:  # fmt: skip
+    """One built-in split, as `make_splits`."""
     chance = random.Random(f"{name}-{seed}")
     frame = Frame.of(tokenizer)
-    contexts = [_make_context(tokenizer, frame, name, i, context_tokens, chance) for i in range(num_contexts)]
-    return Split(name, tuple(contexts), context_tokens)
+    contexts = [
+        _make_context(tokenizer, frame, name, i, context_tokens, dict(data.mix), chance) for i in range(num_contexts)
+    ]
+    return Split(name, tuple(contexts), data.regime, data.target)
 
 
 def _make_context(
-    tokenizer: PreTrainedTokenizerBase, frame: Frame, split: str, index: int, size: int, chance: random.Random
-) -> Context:
+    tokenizer: PreTrainedTokenizerBase, frame: Frame, split: str, index: int, size: int, mix: Mapping[str, int],
+    chance: random.Random,
+) -> Context:  # fmt: skip
     def encode(text: str) -> list[int]:
         return list(tokenizer(text, add_special_tokens=False).input_ids)
 
-    statements, samples, taken = [], [], set[str]()
-    for fact in _facts(split, chance):
+    statements, samples, taken = list[list[int]](), list[Sample](), set[str]()
+    asked: list[int] = []  # which statement each sample asks for
+    for fact in _facts(split, mix, chance):
         names = _names(split, fact, taken, chance)
-        statements.append(encode(" " + fact.statement.format(**names)))
-        answer = encode(" " + names["value"])[:CONTINUATION_TOKENS]
+        stated = [(text, names) for text in (fact.statement, *fact.more)]
+        stated += [(fact.statement, _names(split, fact, taken, chance)) for _ in range(fact.copies)]
+        asked.append(len(statements))
+        statements += [encode(" " + text.format(**about)) for text, about in stated]
+        separator = "" if fact.lead.endswith(("<", "[")) else " "
+        answer = encode(separator + names["value"])[:CONTINUATION_TOKENS]
         samples.append(Sample(fact.kind, tuple(encode(frame.question(fact, names))), tuple(answer)))
     head = [tokenizer.bos_token_id] * frame.starts_with_bos + encode(frame.head)
-    longest = max(len(sample.prompt) for sample in samples)
+    longest = max((len(sample.prompt) for sample in samples), default=TEXT_PROMPT_TOKENS)
     room = size - len(head) - longest - CONTINUATION_TOKENS - sum(map(len, statements))
     if room < 4 * TEXT_PROMPT_TOKENS:
         raise InputError(f"calibration contexts must have room for text beside the questions, got {size} tokens")
 
-    source = _document(split, index, chance)
+    source = _document(split, _document_kind(mix, index), chance)
     pieces: list[list[int]] = []
     while room > 0:
-        piece = encode(" " + next(source))[:room]
+        piece = encode(next(source))[:room]
         pieces.append(piece)
         room -= len(piece)
     tail: list[int] = []
     while len(tail) < TEXT_PROMPT_TOKENS + CONTINUATION_TOKENS:
-        tail += encode(" " + next(source))
+        tail += encode(next(source))
     for statement in statements:
         pieces.insert(chance.randrange(len(pieces)), statement)
     starts, start = {}, len(head)
     for piece in pieces:
         starts[id(piece)], start = start, start + len(piece)
-    needles = [(starts[id(statement)], starts[id(statement)] + len(statement)) for statement in statements]
+    stated_at = [starts[id(statements[index])] for index in asked]
+    needles = [(start, start + len(statements[index])) for start, index in zip(stated_at, asked, strict=True)]
     samples = [replace(sample, needle=needle) for sample, needle in zip(samples, needles, strict=True)]
     text = Sample("text", tuple(tail[:TEXT_PROMPT_TOKENS]), tuple(tail[TEXT_PROMPT_TOKENS:][:CONTINUATION_TOKENS]))
     return Context(tuple(head + [token for piece in pieces for token in piece]), (*samples, text))
 
 
-def _facts(split: str, chance: random.Random) -> list[Fact]:
-    """One fact of each of KINDS, no wording twice."""
+def _facts(split: str, mix: Mapping[str, int], chance: random.Random) -> list[Fact]:
+    """As many facts of each kind as the mix says, no wording twice while there are others."""
     facts: list[Fact] = []
-    for kind in KINDS:
-        facts.append(chance.choice([fact for fact in FACTS[split] if fact.kind == kind and fact not in facts]))
+    for kind in (kind for kind in DEFAULT_MIX if kind not in DOCUMENTS):
+        for _ in range(mix.get(kind, 0)):
+            known = [fact for fact in FACTS[split] if fact.kind == kind]
+            facts.append(chance.choice([fact for fact in known if fact not in facts] or known))
     return facts
 
 
-def _document(split: str, index: int, chance: random.Random) -> Iterator[str]:
-    """Sentences of one document from a random place on; further documents of the same sort follow."""
-    speeches = texts.speeches(split)
-    sources = texts.references(split) if index % REFERENCE_EVERY == REFERENCE_EVERY - 1 or not speeches else speeches
+def _document_kind(mix: Mapping[str, int], index: int) -> str:
+    """The kind of context `index`'s document: they take turns so that any few contexts have about the mix."""
+    shares = {kind: mix.get(kind, 0) for kind in DOCUMENTS}
+    given = dict.fromkeys(DOCUMENTS, 0)
+    kind = ""
+    for _ in range(index + 1):
+        kind = max((k for k in DOCUMENTS if shares[k]), key=lambda k: shares[k] / (given[k] + 1))
+        given[kind] += 1
+    return kind
+
+
+def _document(split: str, kind: str, chance: random.Random) -> Iterator[str]:
+    """Pieces of one document from a random place on; further documents of the same sort follow."""
+    sources = {"prose": texts.speeches, "reference": texts.references, "code": texts.code}[kind](split)
+    sources = sources or texts.references(split)
     first = True
     while True:
-        found = texts.sentences(chance.choice(sources))
-        start = chance.randrange(max(1, len(found) - 60)) if first else 0
-        yield from found[start:]
+        document = chance.choice(sources)
+        pieces = texts.lines(document) if kind == "code" else [f" {one}" for one in texts.sentences(document)]
+        start = chance.randrange(max(1, len(pieces) - 60)) if first else 0
+        yield from pieces[start:]
         first = False
+
+
+def _user_splits(
+    tokenizer: PreTrainedTokenizerBase, data: Data, counts: Mapping[str, int], context_tokens: int, seed: int
+) -> dict[str, Split]:
+    """A user's file: jsonl with prompt and continuation (taken as they are, no chat template), or plain text cut into
+    windows. Samples of one prompt share a context; contexts go to search or validation as wholes."""
+    assert data.file is not None
+    try:
+        text = data.file.read_text(encoding="utf-8")
+    except (OSError, UnicodeDecodeError) as error:
+        raise InputError(f"cannot read {data.file}: {getattr(error, 'strerror', None) or 'not UTF-8'}") from None
+    if data.file.suffix in (".jsonl", ".json"):
+        contexts = _from_lines(tokenizer, data.file, text, context_tokens)
+    else:
+        contexts = _from_text(tokenizer, text, context_tokens)
+    if len(contexts) < len(counts) * 2:
+        raise InputError(
+            f"{data.file} must hold at least {len(counts) * 2} contexts of {context_tokens} tokens or fewer, got "
+            f"{len(contexts)}: give more text, or lower --calibration-length"
+        )
+    random.Random(f"user-{seed}").shuffle(contexts)
+    cut = max(2, int(SEARCH_SHARE * len(contexts)))
+    parts = {"search": contexts[:cut], "validation": contexts[cut:]}
+    return {name: Split(name, tuple(parts[name][:count]), data.regime, data.target) for name, count in counts.items()}
+
+
+def _from_lines(tokenizer: PreTrainedTokenizerBase, file: Path, text: str, context_tokens: int) -> list[Context]:
+    samples: dict[str, list[Sample]] = {}
+    tokens: dict[str, list[int]] = {}
+    for number, line in enumerate(text.splitlines(), 1):
+        if not line.strip():
+            continue
+        try:
+            row = json.loads(line)
+        except ValueError:
+            row = None
+        if not isinstance(row, dict) or not all(
+            isinstance(row.get(k), str) and row[k] for k in ("prompt", "continuation")
+        ):
+            raise InputError(
+                f'{file}:{number} must be a JSON object with texts "prompt" and "continuation", got {line[:60]!r}'
+            )
+        prompt = row["prompt"]
+        if prompt not in tokens:
+            tokens[prompt] = list(tokenizer(prompt).input_ids)
+        answer = list(tokenizer(row["continuation"], add_special_tokens=False).input_ids)[:CONTINUATION_TOKENS]
+        count = len(tokens[prompt]) + len(answer)
+        if count > context_tokens or len(tokens[prompt]) < 2 * USER_PROMPT_TOKENS or not answer:
+            raise InputError(
+                f"{file}:{number} must have {2 * USER_PROMPT_TOKENS} to {context_tokens} tokens, got {count}: cut it, "
+                "or raise --calibration-length"
+            )
+        branch = tuple(tokens[prompt][-USER_PROMPT_TOKENS:])
+        samples.setdefault(prompt, []).append(Sample(str(row.get("kind", "user")), branch, tuple(answer)))
+    return [Context(tuple(tokens[prompt][:-USER_PROMPT_TOKENS]), tuple(own)) for prompt, own in samples.items()]
+
+
+def _from_text(tokenizer: PreTrainedTokenizerBase, text: str, context_tokens: int) -> list[Context]:
+    tokens = list(tokenizer(text, add_special_tokens=False).input_ids)
+    contexts = []
+    for start in range(0, len(tokens) - context_tokens + 1, context_tokens):
+        window = tokens[start : start + context_tokens]
+        body, end = window[: -USER_PROMPT_TOKENS - CONTINUATION_TOKENS], window[-CONTINUATION_TOKENS:]
+        branch = window[len(body) : -CONTINUATION_TOKENS]
+        contexts.append(Context(tuple(body), (Sample("text", tuple(branch), tuple(end)),)))
+    return contexts
 
 
 def _names(split: str, fact: Fact, taken: set[str], chance: random.Random) -> dict[str, str]:
@@ -252,9 +449,11 @@ def _names(split: str, fact: Fact, taken: set[str], chance: random.Random) -> di
     while True:
         first, last = chance.choice(words["first"]), chance.choice(words["last"])
         thing = f"{chance.choice(words['adjective'])} {chance.choice(words['noun'])}"
-        if not {first, last, thing} & taken:
+        variable, copy = chance.sample(words["variables"], 2)
+        if not {first, last, thing, variable, copy} & taken:
             break
-    taken |= {first, last, thing}
+    taken |= {first, last, thing} | ({variable, copy} if fact.kind == "chain" else set())
     is_number = fact.values == "numbers"
     value = str(chance.randrange(1000, 100000)) if is_number else chance.choice(words[fact.values])
-    return {"name": first, "person": f"{first} {last}", "thing": thing, "value": value}
+    names = {"name": first, "person": f"{first} {last}", "thing": thing, "value": value}
+    return {**names, "variable": variable, "copy": copy}

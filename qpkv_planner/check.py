@@ -47,6 +47,7 @@ def parser() -> CommandParser:
         metavar="NATS",
         help="how much worse than recorded a mean may be (default 0.01: the samples are the same, this is noise)",
     )
+    out.add_argument("--calibration", type=Path, metavar="FILE", help="the samples of plans made with such a file")
     out.add_argument("--update", action="store_true", help="write what is measured now into the plans")
     out.add_argument("--json", action="store_true", help="one JSON object on stdout, with a row per sample")
     out.add_argument("--junit", type=Path, metavar="FILE", help="write a JUnit report, a test case for each plan")
@@ -77,6 +78,7 @@ def _main(argv: list[str] | None) -> int:
         model=args.model,
         device=args.device,
         max_regression=args.max_regression,
+        calibration=args.calibration,
         say=(lambda line: None) if args.quiet else lambda line: print(f"qpkv-check: {line}", file=sys.stderr),
     )
     if args.update:

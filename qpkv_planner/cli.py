@@ -3,24 +3,42 @@
 from __future__ import annotations
 
 import argparse
+import json
 import os
+import re
 import sys
 import tempfile
 from pathlib import Path
+from typing import TYPE_CHECKING, Any
 
+from qpkv_planner.grid import PAPER_WINDOW
+from qpkv_runtime.budget import limit_bytes
 from qpkv_runtime.cli import CommandParser
-from qpkv_runtime.errors import InputError, run_command
+from qpkv_runtime.errors import EXIT_INTERRUPTED, InputError, run_command
 from qpkv_runtime.methods import SHARINGS
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel, PreTrainedTokenizerBase
+
+    from qpkv_runtime.plan import Plan
+
+
+ANY_CACHE_BYTES = 2**40  # for finding out whether a budget can be read at all
 
 DESCRIPTION = """\
 Search for the plan of a model under a memory budget: how many tokens of its KV cache each layer keeps, and with how
-many bits. The plan goes to stdout as YAML; progress and results on the way go to stderr."""
+many bits. The plan goes to stdout as YAML; progress and results on the way go to stderr. Interrupted (Ctrl-C), the
+search writes the best plan so far, which says so, and exits with 130."""
 
 EXAMPLES = """\
   qpkv-plan --model smollm2 --budget 1/64 > plan.yaml
   qpkv-plan --model smollm2 --budget 1/32 --context-length 1024 --quick --output plan.yaml
+  qpkv-plan --model smollm2 --budget 1/8,1/16,1/32,1/64 --out-dir plans    (one prefill, and plans/frontier.json)
+  qpkv-plan --model smollm2 --budget auto --max-loss 0.05 > plan.yaml      (the smallest within 0.05 nats)
+  qpkv-plan --model smollm2 --budget 1/64 --study study > plan.yaml        (killed? again with --resume)
   qpkv-plan --model ./my-model --budget 512MiB --context-length 32768 --calibration-length 4096
-  qpkv-plan --model mistral-7b --budget 1/64 --uniform snapkv:kivi:4bit   (by arithmetic alone: no weights, no search)
+  qpkv-plan --model smollm2 --budget 1/16 --calibration samples.jsonl --regime agnostic > plan.yaml
+  qpkv-plan --model mistral-7b --budget 1/64 --uniform snapkv:kivi:4bit    (by arithmetic alone: no weights, no search)
 
 budgets, per sequence: 1/64, 0.0156 or 1.6% of the full cache (16 bit, all KV heads, --context-length tokens), or bytes:
 512MiB, 2GB."""
@@ -29,7 +47,18 @@ budgets, per sequence: 1/64, 0.0156 or 1.6% of the full cache (16 bit, all KV he
 def parser() -> CommandParser:
     out = CommandParser("qpkv-plan", DESCRIPTION, EXAMPLES)
     out.add_argument("--model", required=True, help="smollm2, tiny, an alias, a directory, a .gguf file or a hub id")
-    out.add_argument("--budget", required=True, help="1/64, 0.0156, 1.6%%, 512MiB or 2GB, per sequence")
+    out.add_argument(
+        "--budget",
+        required=True,
+        help="1/64, 0.0156, 1.6%%, 512MiB or 2GB, per sequence; several: 1/8,1/16 with --out-dir; auto with --max-loss",
+    )
+    out.add_argument("--out-dir", type=Path, metavar="DIR", help="where the plans of several budgets go")
+    out.add_argument(
+        "--max-loss",
+        type=float,
+        metavar="NATS",
+        help="with --budget auto: how far validation cross-entropy may exceed the full cache's (95 %% upper bound)",
+    )
     out.add_argument(
         "--context-length",
         type=int,
@@ -57,13 +86,56 @@ def parser() -> CommandParser:
         help="when that room is full: evict the oldest generated token, or stop with an error (default evict)",
     )
     out.add_argument("--sinks", type=int, default=4, help="first tokens that every layer keeps (default 4)")
-    out.add_argument("--window", type=int, default=16, help="last tokens that every layer keeps (default 16)")
     out.add_argument(
         "--heads", choices=tuple(SHARINGS), default="uniform",
         help="how KV heads share a layer's tokens (default uniform; weighted: by measured importance)",
     )  # fmt: skip
+    out.add_argument(
+        "--window", type=int, help="last tokens that every layer keeps (default 4; with --uniform the papers' 16)"
+    )
     out.add_argument("--trials", type=int, help="Optuna trials (default 24, with --quick 10)")
+    out.add_argument("--sampler", choices=("tpe", "gp", "random"), default="tpe", help="Optuna's (default tpe)")
+    out.add_argument(
+        "--storage",
+        metavar="URL|FILE",
+        help="share the Optuna stage: every process that runs this command with the same storage joins its study",
+    )
+    out.add_argument(
+        "--timeout",
+        type=float,
+        metavar="SECONDS",
+        help="end the search then and ship the best plan so far, validated; the plan says so",
+    )
     out.add_argument("--seed", type=int, default=0, help="of the calibration data and the search (default 0)")
+    out.add_argument(
+        "--calibration",
+        type=Path,
+        metavar="FILE",
+        help="your own samples: jsonl with prompt and continuation, taken as they are, or plain text, cut into windows",
+    )
+    out.add_argument(
+        "--calibration-mix",
+        metavar="KIND=N,...",
+        help="facts per context and shares of documents (default number=2,word=1,place=1,line=1,chain=1,prose=5,"
+        "reference=2,code=1)",
+    )
+    out.add_argument(
+        "--regime",
+        choices=("aware", "agnostic"),
+        default="aware",
+        help="aware: the question is in the prompt when it is compressed; agnostic: it comes after (default aware)",
+    )
+    out.add_argument(
+        "--target",
+        choices=("gold", "self"),
+        default="gold",
+        help="measure on the true continuation, or on what the full cache writes (default gold)",
+    )
+    out.add_argument("--study", type=Path, metavar="DIR", help="keep prefills and a journal of every evaluation there")
+    out.add_argument("--resume", action="store_true", help="go on over the --study of a run that was stopped")
+    out.add_argument(
+        "--calibration-cache", type=Path, metavar="DIR", help="keep prefills there, for other searches to reuse"
+    )
     out.add_argument(
         "--dtype", default="auto", help="float32, float16 or bfloat16 (default: what the machine does best)"
     )
@@ -86,44 +158,118 @@ def main(argv: list[str] | None = None) -> int:
 
 def _main(argv: list[str] | None) -> int:
     arguments = parser().parse_args(argv)
+    _check(arguments)
+    if arguments.uniform:
+        _put(arguments, _uniform(arguments))
+        return 0
+    if arguments.out_dir is not None:
+        return _frontier(arguments)
+
+    from qpkv_planner import planner
+
+    model, tokenizer = _load(arguments)
+    if arguments.budget == "auto":
+        found = planner.smallest(model, tokenizer, arguments.max_loss, **_settings(arguments))
+    else:
+        found = planner.plan(model, tokenizer, arguments.budget, **_settings(arguments))
+    _put(arguments, found.to_yaml())
+    return _status(found)
+
+
+def _check(arguments: argparse.Namespace) -> None:
+    """Raise InputError, before anything is loaded, for options that make no sense alone or together."""
     for name, least in (("sinks", 0), ("window", 1), ("trials", 1), ("max_new_tokens", 1), ("context_length", 1)):
         value = getattr(arguments, name)
         if value is not None and value < least:
             raise InputError(f"--{name.replace('_', '-')} must be at least {least}, got {value}")
+    for name in ("timeout", "max_loss"):
+        value = getattr(arguments, name)
+        if value is not None and not value > 0:
+            raise InputError(f"--{name.replace('_', '-')} must be above 0, got {value}")
+    if (arguments.budget == "auto") != (arguments.max_loss is not None):
+        raise InputError("--budget auto and --max-loss NATS go together: the one is found from the other")
+    for budget in arguments.budget.split(",") if arguments.budget != "auto" else ():
+        limit_bytes(budget, ANY_CACHE_BYTES)
+    if ("," in arguments.budget) != (arguments.out_dir is not None):
+        raise InputError("several budgets (1/8,1/16) and --out-dir DIR go together: one file for each plan")
+    if arguments.out_dir is not None and (arguments.output is not None or arguments.uniform):
+        raise InputError("--out-dir names its files itself and is for searches: leave --output and --uniform away")
+    if arguments.resume and arguments.study is None:
+        raise InputError("--resume needs the --study DIR of the run that it goes on with")
+    if arguments.study is not None and not arguments.resume and (arguments.study / "journal.jsonl").exists():
+        raise InputError(f"{arguments.study} holds a study already: add --resume to go on, or choose another folder")
+    if arguments.calibration is not None and arguments.calibration_mix is not None:
+        raise InputError("--calibration-mix is about the built-in samples: leave it away with --calibration")
     if arguments.output is not None and not arguments.output.parent.is_dir():
         raise InputError(f"--output must be in an existing directory, got {arguments.output}")
-    text = _uniform(arguments) if arguments.uniform else _search(arguments)
+
+
+def _put(arguments: argparse.Namespace, text: str) -> None:
     if arguments.output is None:
         sys.stdout.write(text)
     else:
         write_whole(arguments.output, text)
-    return 0
 
 
-def _search(arguments: argparse.Namespace) -> str:
-    from qpkv_planner.planner import plan
+def _load(arguments: argparse.Namespace) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
     from qpkv_runtime.models import load_model
 
-    model, tokenizer = load_model(arguments.model, dtype=arguments.dtype, device=arguments.device)
-    found = plan(
-        model,
-        tokenizer,
-        arguments.budget,
-        name=arguments.model,
-        context_tokens=arguments.context_length,
-        calibration_tokens=arguments.calibration_length,
-        quick=arguments.quick,
-        objective=arguments.objective,
-        max_new_tokens=arguments.max_new_tokens,
-        then=arguments.then,
-        sinks=arguments.sinks,
-        window=arguments.window,
-        heads=arguments.heads,
-        trials=arguments.trials,
-        seed=arguments.seed,
-        quiet=arguments.quiet,
+    return load_model(arguments.model, dtype=arguments.dtype, device=arguments.device)
+
+
+def _settings(arguments: argparse.Namespace) -> dict[str, Any]:
+    """The keyword arguments of `planner.plan` and its siblings."""
+    from qpkv_planner.calibration import BUILT_IN, Data, parse_mix
+
+    mix = parse_mix(arguments.calibration_mix) if arguments.calibration_mix else BUILT_IN.mix
+    settings = {
+        "name": arguments.model,
+        "study": arguments.study,
+        "calibration_cache": arguments.calibration_cache,
+        "quiet": arguments.quiet,
+        "context_tokens": arguments.context_length,
+        "calibration_tokens": arguments.calibration_length,
+        "timeout_seconds": arguments.timeout,
+        "data": Data(arguments.regime, arguments.target, mix, arguments.calibration),
+    }
+    for name in (
+        "quick", "objective", "max_new_tokens", "then", "sinks", "window", "heads", "trials", "sampler", "storage",
+        "seed",
+    ):  # fmt: skip
+        if getattr(arguments, name) is not None:
+            settings[name] = getattr(arguments, name)
+    return settings
+
+
+def _frontier(arguments: argparse.Namespace) -> int:
+    """One plan a file, named <model>__<budget>.yaml, and frontier.json: what each takes and loses."""
+    from qpkv_planner import planner
+
+    budgets = [budget.strip() for budget in arguments.budget.split(",")]
+    arguments.out_dir.mkdir(parents=True, exist_ok=True)
+    model, tokenizer = _load(arguments)
+    points, status = [], 0
+    model_name = re.sub(r"[^\w.-]+", "-", Path(arguments.model).name)
+    for found in planner.frontier(model, tokenizer, budgets, **_settings(arguments)):
+        file = f"{model_name}__{found.budget.requested.replace('/', '-')}.yaml"
+        write_whole(arguments.out_dir / file, found.to_yaml())
+        points.append({"file": file, **_point(found)})
+        write_whole(arguments.out_dir / "frontier.json", json.dumps(points, indent=2) + "\n")
+        status = _status(found)
+    return status
+
+
+def _point(plan: Plan) -> dict[str, Any]:
+    record = plan.calibration
+    measured = (
+        {} if record is None else {"cross_entropy": record.cross_entropy.model_dump(), "kl": record.kl.model_dump()}
     )
-    return found.to_yaml()
+    return {**plan.budget.model_dump(), **measured}
+
+
+def _status(plan: Plan) -> int:
+    """130 for a plan that an interrupt cut short: it is written, and a script must not take it for a finished one."""
+    return EXIT_INTERRUPTED if plan.calibration is not None and plan.calibration.stopped == "interrupted" else 0
 
 
 def _uniform(arguments: argparse.Namespace) -> str:
@@ -137,7 +283,7 @@ def _uniform(arguments: argparse.Namespace) -> str:
         max_new_tokens=arguments.max_new_tokens,
         then=arguments.then,
         sinks=arguments.sinks,
-        window=arguments.window,
+        window=arguments.window or PAPER_WINDOW,
         heads=arguments.heads,
     ).to_yaml()
 

@@ -37,6 +37,7 @@ from qpkv_runtime.plan import Plan
 BUDGET, CONTEXT_TOKENS = "1/32", 1024
 TEST_CONTEXTS = 4
 NUM_QUESTIONS = 3
+PRUNING = "snapkv uniform 16bit window 16"
 
 
 @dataclass(frozen=True)
@@ -102,7 +103,7 @@ def _measure(model: PreTrainedModel, plan: Plan, split: Split, progress: Progres
     assert plan.calibration is not None
     space = Space.of_plan(plan)
     plans = {"plan": plan}
-    for name, setting in (("best uniform", plan.calibration.best_uniform), ("16-bit pruning", "snapkv:uniform:16bit")):
+    for name, setting in (("best uniform", plan.calibration.best_uniform), ("16-bit pruning", PRUNING)):
         made = setting_named(space, setting)
         plans[f"{name} ({made.name})"] = made.space.plan(made.allocation)
     scorings = [Scoring.of(p.scorer, p.sinks, p.window) for p in plans.values()]

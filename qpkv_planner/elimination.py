@@ -26,26 +26,26 @@ class Pass:
 
 
 def eliminate(
-    evaluator: Evaluator, space: Space, format: str, times_budget: float, objective: Objective,
+    evaluator: Evaluator, space: Space, start: Allocation, objective: Objective, floor: int,
     progress: Callable[[], None],
 ) -> tuple[Allocation, list[Pass]]:  # fmt: skip
-    """From `times_budget` times the uniform allocation in `format` down to the budget, filled up exactly."""
-    roomy = replace(space, requested=f"{int(space.limit_bytes * times_budget)}B")
-    num_layers = space.shape.num_layers
-    allocation = roomy.project([1.0] * num_layers, [format] * num_layers)
-    assert allocation is not None
+    """From `start`, which is over the budget, down to it, filled up exactly. No layer goes below `floor` tokens."""
+    allocation = start
     passes: list[Pass] = []
     while space.bytes(allocation) > space.limit_bytes:
         part = evaluator.parts[len(passes) % len(evaluator.parts)]
         incumbent = evaluator.incumbent(space, allocation, [part])
         costs = []
         for layer, choice in enumerate(allocation):
-            less = Choice(space.legal_tokens(layer, choice.tokens / 2, format), format)
+            fewer = space.legal_tokens(layer, max(choice.tokens / 2, min(floor, choice.tokens)), choice.format)
+            less = Choice(fewer, choice.format)
             saved = space.layer_bytes(layer, choice) - space.layer_bytes(layer, less)
             if saved > 0:
                 losses = evaluator.vary(space, incumbent, layer, less)
                 costs.append((cautious_change(losses, incumbent.losses, objective) / saved, layer, less))
                 progress()
+        if not costs:
+            return shrunk(space, allocation), passes
         costs.sort(key=lambda cost: cost[:2])
         share_before = space.bytes(allocation) / space.limit_bytes
         halved = []
@@ -56,3 +56,18 @@ def eliminate(
                 break
         passes.append(Pass(incumbent.losses.mean(objective), share_before, tuple(halved)))
     return space.fill(allocation), passes
+
+
+def roomy(space: Space, format: str, times_budget: float) -> Allocation:
+    """Where elimination starts without anything better: every layer alike at several times the budget."""
+    larger = replace(space, requested=f"{int(space.limit_bytes * times_budget)}B")
+    allocation = larger.project([1.0] * space.shape.num_layers, [format] * space.shape.num_layers)
+    assert allocation is not None
+    return allocation
+
+
+def shrunk(space: Space, allocation: Allocation) -> Allocation:
+    """The allocation in proportion on the budget: where all layers are at the floor and it is still too much."""
+    smaller = space.project([float(choice.tokens) for choice in allocation], [choice.format for choice in allocation])
+    assert smaller is not None, "the formats were chosen so that the least of them fits"
+    return smaller

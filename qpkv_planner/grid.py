@@ -1,32 +1,51 @@
 """The uniform settings that a plan must beat: every layer alike, equal exact bytes.
 
 The papers' trade of tokens against bits (1x16, 2x8, 4x4, 8x2 with KIVI, token counts shrunk to what their scales,
-zeros and reserve really leave), and our quantizer at key and value bits apart. The best of them on the search split
-is the plan's baseline, and where the search starts.
+zeros and reserve really leave), and the search's own scorers, window and quantizer at key and value bits apart. The
+best of them on the search split is the plan's baseline, and where the search starts.
 """
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import re
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
 
 from qpkv_planner.allocation import PRESETS, Allocation, Space, default_reserve, format_named
 from qpkv_runtime.errors import BudgetError
-from qpkv_runtime.plan import Decode, Scorer
+from qpkv_runtime.methods import SCORERS
+from qpkv_runtime.plan import UNIFORM, Decode, Heads, Scorer
 
+PAPER_WINDOW = 16
 PAPER_FORMATS = ("16bit", "kivi-k8v8", "kivi-k4v4", "kivi-k2v2")
-QUICK_FORMATS = (*PAPER_FORMATS, "rotated-k4v4", "rotated-k4v2", "rotated-k3v3", "rotated-k3v2")
-FORMATS = (*QUICK_FORMATS, "rotated-k8v8", "rotated-k4v3", "rotated-k2v2", "kivi-k4v2", "flexgen-k4v4")
+QUICK_FORMATS = ("rotated-k4v4", "rotated-k4v3", "rotated-k4v2", "rotated-k3v3", "rotated-k3v2")
+FORMATS = (*QUICK_FORMATS, "rotated-k8v8", "rotated-k2v2", "kivi-k4v2", "flexgen-k4v4")
 
 
 @dataclass(frozen=True)
 class Setting:
-    """A uniform setting: its name (scorer:preset:format), and the space and allocation that make it a plan."""
+    """A uniform setting: its name (`setting_named` reads it), and the space and allocation that make it a plan."""
 
     name: str
     format: str
     space: Space
     allocation: Allocation
+
+
+def scorer_name(scorer: Scorer) -> str:
+    """The scorer and what differs from its defaults: snapkv(kernel=5,pooling=average)."""
+    known = SCORERS[scorer.name].parameters
+    given = [f"{key}={value}" for key, value in sorted(scorer.parameters.items()) if value != known[key].default]
+    return scorer.name + (f"({','.join(given)})" if given else "")
+
+
+def scorer_named(name: str) -> Scorer:
+    """The scorer of a name that `scorer_name` gave."""
+    match = re.fullmatch(r"(\w+)(?:\((.*)\))?", name)
+    assert match is not None, name
+    given = dict(pair.split("=") for pair in match[2].split(",")) if match[2] else {}
+    known = SCORERS[match[1]].parameters
+    return Scorer.model_validate({"name": match[1], **{k: type(known[k].default)(v) for k, v in given.items()}})
 
 
 def reserve_format(format: str) -> str:
@@ -41,46 +60,63 @@ def with_format(space: Space, format: str, max_new_tokens: int | None) -> Space:
     return replace(space, decode=Decode(reserve_tokens=tokens, format=appended, then=space.decode.then))
 
 
-def make_setting(space: Space, scorer: str, preset: str, format: str, max_new_tokens: int | None) -> Setting | None:
-    """A uniform setting on the exact budget.
+def make_setting(space: Space, preset: str, format: str, max_new_tokens: int | None) -> Setting | None:
+    """A setting on the exact budget, with the space's scorer, window and head sharing.
 
     Where sinks and window alone are over the budget in this format, they are halved until they fit, and the name says
     so; None where nothing fits.
     """
-    named = replace(with_format(space, format, max_new_tokens), scorer=_scorer(space, scorer))
-    name = f"{scorer}:{preset}:{format}"
+    sized = with_format(space, format, max_new_tokens)
     while True:
-        allocation = PRESETS[preset](named, format)
+        allocation = PRESETS[preset](sized, format)
         if allocation is not None:
-            shrunk = "" if named.window == space.window else f" (window {named.window})"
-            return Setting(name + shrunk, format, named, allocation)
-        if named.window == 1:
+            parts = [scorer_name(sized.scorer), preset, format, f"window {sized.window}"]
+            share = sized.heads_of(0).share
+            if share != "uniform":
+                parts.append(f"{share} heads")
+            return Setting(" ".join(parts), format, sized, allocation)
+        if sized.window == 1:
             return None
-        named = replace(named, window=named.window // 2, sinks=named.sinks // 2)
+        sized = replace(sized, window=sized.window // 2, sinks=sized.sinks // 2)
 
 
 def setting_named(space: Space, name: str) -> Setting:
-    """The uniform setting of a name that `make_setting` gave, with as large a reserve as the space's own.
+    """The setting of a name that `make_setting` gave, with as large a reserve as the space's own.
 
     Raises BudgetError where it does not fit.
     """
-    scorer, preset, format = name.partition(" ")[0].split(":")
-    made = make_setting(space, scorer, preset, format, space.decode.reserve_tokens)
+    scorer, preset, format, _, window, *heads = name.split(" ")
+    sharing = space.heads  # measured weights are the space's own
+    if heads[:1] != ["weighted"]:
+        sharing = Heads.model_validate({"share": heads[0]}) if heads else UNIFORM
+    named = replace(space, scorer=scorer_named(scorer), window=int(window), heads=sharing)
+    made = make_setting(named, preset, format, space.decode.reserve_tokens)
     if made is None:
         raise BudgetError(f"{name} does not fit into {space.requested} = {space.limit_bytes}B")
     return made
 
 
-def _scorer(space: Space, name: str) -> Scorer:
-    return space.scorer if space.scorer.name == name else Scorer(name=name)
-
-
 def make_grid(
-    space: Space, scorers: Sequence[str], formats: Sequence[str], max_new_tokens: int | None
+    space: Space, scorers: Sequence[Scorer], formats: Sequence[str], max_new_tokens: int | None
 ) -> list[Setting]:
-    """Every format under the first scorer, then the other scorers and the pyramid at a few formats."""
-    wanted = [(scorers[0], "uniform", format) for format in formats]
-    wanted += [(scorers[0], "pyramidkv", format) for format in ("kivi-k4v4", "rotated-k4v2") if format in formats]
-    wanted += [(scorer, "uniform", "rotated-k4v2") for scorer in scorers[1:]]
-    settings = [make_setting(space, *setting, max_new_tokens) for setting in wanted]
+    """Every format under the first scorer; the other scorers, adaptive heads and the pyramid at a few formats; the
+    papers' own settings."""
+
+    def wanted() -> Iterator[tuple[Space, str, str]]:
+        first, few = replace(space, scorer=scorers[0]), [*formats[:1], *formats[3:4]]
+        for format in formats:
+            yield first, "uniform", format
+        for scorer in scorers[1:]:
+            for format in few:
+                yield replace(space, scorer=scorer), "uniform", format
+        for format in few:
+            if first.heads == UNIFORM:
+                yield replace(first, heads=Heads(share="adaptive")), "uniform", format
+        yield first, "pyramidkv", formats[0]
+        paper = replace(space, scorer=Scorer(name="snapkv"), window=PAPER_WINDOW, heads=UNIFORM)
+        for format in PAPER_FORMATS:
+            yield paper, "uniform", format
+        yield paper, "pyramidkv", "kivi-k4v4"
+
+    settings = [make_setting(*one, max_new_tokens) for one in wanted()]
     return [setting for setting in settings if setting is not None]

@@ -10,73 +10,142 @@ layers make up for the one that is cut; these are measured where they are used.
 
 from __future__ import annotations
 
+import random
 from collections.abc import Callable
 from dataclasses import dataclass
+from typing import Any
 
 import numpy as np
 from scipy.optimize import Bounds, LinearConstraint, milp
+from scipy.stats import spearmanr
 
 from qpkv_planner.allocation import Allocation, Choice, Space, format_name, format_named
-from qpkv_planner.measurement import Evaluator, Objective, cautious_change
+from qpkv_planner.measurement import Evaluator, Incumbent, Objective, cautious_change
 
 BITS = (2, 3, 4, 8)
 FIRST_RADIUS = 1.5
-WORTH_OTHER_BITS = 1.5  # times the least tokens: from the second round on, smaller layers keep their bits
+WORTH_OTHER_BITS = 1.5  # times the least tokens: smaller layers keep their bits
 
 
 @dataclass(frozen=True)
 class Round:
-    """One round, on the search split: losses before, as the knapsack predicted and as measured."""
+    """One round, on the search split: losses before, as the knapsack predicted and as measured; sensitivities: per
+    layer, the measured change of each alternative, by what it is ("more", "fewer", "k3v4", ...)."""
 
     radius: float
     before: float
     predicted: float
     measured: float
+    sensitivities: tuple[dict[str, float], ...]
 
     @property
     def is_accepted(self) -> bool:
         return self.measured < self.before
 
 
+@dataclass(frozen=True)
+class Neighbourhood:
+    """The last round's incumbent and the measured change of each layer's alternatives."""
+
+    incumbent: Incumbent
+    options: tuple[dict[Choice, float], ...]
+
+    @property
+    def sensitivities(self) -> list[float]:
+        """Per layer, what fewer tokens add or more tokens save, whichever is larger."""
+        pairs = zip(self.incumbent.allocation, self.options, strict=True)
+        return [max(abs(c) for other, c in changes.items() if other.format == mine.format) for mine, changes in pairs]
+
+
 def improve(
     evaluator: Evaluator, space: Space, start: Allocation, quantizer: str, num_rounds: int, parts_per_round: int,
-    objective: Objective, progress: Callable[[], None],
-) -> tuple[Allocation, list[Round], list[float]]:  # fmt: skip
-    """The improved allocation, the rounds, and each layer's sensitivity at the end: the loss that fewer tokens add or
-    that more tokens save, whichever is larger. A round measures changes on `parts_per_round` parts of the samples,
-    other ones than the last, and its outcome on all."""
+    objective: Objective, floor: int, progress: Callable[[], None],
+    accept: Callable[[Allocation], None] = lambda allocation: None,
+) -> tuple[Allocation, list[Round], Neighbourhood]:  # fmt: skip
+    """The improved allocation, the rounds and the last one's neighbourhood. Calls `accept` with each step taken.
+
+    A round measures changes on `parts_per_round` parts of the samples, other ones than the last, and its outcome on
+    all. No layer goes below `floor` tokens.
+    """
     allocation, radius, rounds = start, FIRST_RADIUS, list[Round]()
-    sensitivities = [1.0] * space.shape.num_layers
     loss = evaluator.evaluate(space, start).mean(objective)
     for index in range(num_rounds):
-        parts = [evaluator.parts[(index + i) % len(evaluator.parts)] for i in range(parts_per_round)]
+        parts = sorted({evaluator.parts[(index + i) % len(evaluator.parts)] for i in range(parts_per_round)})
         incumbent = evaluator.incumbent(space, allocation, parts)
         options: list[dict[Choice, float]] = []
         for layer, choice in enumerate(allocation):
             changes = {choice: 0.0}
-            tries_bits = index == 0 or choice.tokens > WORTH_OTHER_BITS * space.least_tokens(layer, choice.format)
-            for other in _alternatives(space, layer, choice, quantizer if tries_bits else None, radius):
+            tries_bits = choice.tokens > WORTH_OTHER_BITS * max(floor, space.least_tokens(layer, choice.format))
+            for other in _alternatives(space, layer, choice, quantizer if tries_bits else None, radius, floor):
                 if other not in changes:
                     losses = evaluator.vary(space, incumbent, layer, other)
                     changes[other] = cautious_change(losses, incumbent.losses, objective)
                     progress()
             options.append(changes)
-        sensitivities = [
-            max(abs(change) for other, change in changes.items() if other.format == choice.format)
-            for choice, changes in zip(allocation, options, strict=True)
-        ]
+        neighbourhood = Neighbourhood(incumbent, tuple(options))
         chosen, predicted_change = _solve(space, options)
         candidate = space.fill(chosen)
         measured = evaluator.evaluate(space, candidate).mean(objective)
-        rounds.append(Round(radius, loss, loss + predicted_change, measured))
+        rounds.append(Round(radius, loss, loss + predicted_change, measured, _named(neighbourhood)))
         if rounds[-1].is_accepted:
             allocation, loss = candidate, measured
+            accept(allocation)
         else:
             radius = 1 + (radius - 1) / 2
-    return allocation, rounds, sensitivities
+    return allocation, rounds, neighbourhood
 
 
-def _alternatives(space: Space, layer: int, choice: Choice, quantizer: str | None, radius: float) -> list[Choice]:
+def _named(around: Neighbourhood) -> tuple[dict[str, float], ...]:
+    """Each layer's measured changes by what they are."""
+    named = []
+    for mine, changes in zip(around.incumbent.allocation, around.options, strict=True):
+        of_layer = {}
+        for other, change in changes.items():
+            if other != mine:
+                tokens = "more" if other.tokens > mine.tokens else "fewer"
+                of_layer[tokens if other.format == mine.format else other.format.rpartition("-")[2]] = change
+        named.append(of_layer)
+    return tuple(named)
+
+
+def additivity(
+    evaluator: Evaluator, space: Space, around: Neighbourhood, objective: Objective, num_plans: int, seed: int,
+    progress: Callable[[], None],
+) -> dict[str, Any]:  # fmt: skip
+    """How well the sum of single changes predicts their joint one, on random feasible plans of measured changes.
+
+    -> {"rank_correlation": Spearman's, "predicted": nats, "measured": nats}.
+    """
+    chance = random.Random(seed)
+    mine = around.incumbent.allocation
+    predicted, measured = list[float](), list[float]()
+    for _ in range(50 * num_plans):
+        if len(predicted) == num_plans:
+            break
+        share = chance.uniform(0.1, 0.6)
+        chosen = [
+            chance.choice(list(changes.items())) if chance.random() < share else (choice, 0.0)
+            for choice, changes in zip(mine, around.options, strict=True)
+        ]
+        allocation = tuple(choice for choice, _ in chosen)
+        if allocation == mine or space.bytes(allocation) > space.limit_bytes:
+            continue
+        losses = evaluator.evaluate(space, allocation, around.incumbent.parts)
+        predicted.append(sum(change for _, change in chosen))
+        measured.append(losses.mean(objective) - around.incumbent.losses.mean(objective))
+        progress()
+    if len(predicted) < 3:
+        return {"rank_correlation": None, "predicted": predicted, "measured": measured}
+    return {
+        "rank_correlation": float(spearmanr(predicted, measured).statistic),
+        "predicted": predicted,
+        "measured": measured,
+    }
+
+
+def _alternatives(
+    space: Space, layer: int, choice: Choice, quantizer: str | None, radius: float, floor: int
+) -> list[Choice]:
     """More and fewer tokens, then (in this quantizer, if any) a step of bits on one side for about the same bytes."""
     wishes = [(choice.tokens * radius, choice.format), (choice.tokens / radius, choice.format)]
     format = format_named(choice.format)
@@ -84,7 +153,8 @@ def _alternatives(space: Space, layer: int, choice: Choice, quantizer: str | Non
     if quantizer is not None:
         stepped = [bits for s in (-1, 1) for bits in ((next_bits(keys, s), values), (keys, next_bits(values, s)))]
         wishes += [(choice.tokens * (keys + values) / sum(bits), format_name(quantizer, *bits)) for bits in stepped]
-    return [Choice(space.legal_tokens(layer, tokens, name), name) for tokens, name in wishes]
+    floor = min(floor, choice.tokens)
+    return [Choice(space.legal_tokens(layer, max(floor, tokens), name), name) for tokens, name in wishes]
 
 
 def next_bits(bits: int, step: int) -> int:

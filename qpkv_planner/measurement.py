@@ -9,6 +9,7 @@ Loss: mean over a sample's tokens, mean over the samples of a kind, mean over ki
 
 from __future__ import annotations
 
+import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any, Literal, cast
@@ -63,6 +64,11 @@ class Losses:
         names = [kind for kind in sorted(set(self.kinds)) if measure != "exact" or kind != "text"]
         return float(np.mean([values[kinds == kind].mean() for kind in names])) if names else float("nan")
 
+    def tail(self, measure: str) -> float:
+        """The mean of the worst tenth of the samples (at least one)."""
+        values = np.sort(np.asarray(getattr(self, measure)))
+        return float(values[-max(1, len(values) // 10) :].mean())
+
     def by_kind(self) -> dict[str, dict[str, float]]:
         kinds = np.array(self.kinds)
         measures = (("cross_entropy", self.ce), ("kl", self.kl), ("exact", self.exact))
@@ -105,6 +111,10 @@ def interval(losses: Losses, measure: str, minus: Losses | None = None, seed: in
     return Interval(mean=round(mean, 6), low=round(float(low), 6), high=round(float(high), 6))
 
 
+class OutOfTime(Exception):  # noqa: N818 (a reason to stop, not an error)
+    """An evaluator's deadline has passed."""
+
+
 @dataclass
 class Incumbent:
     """An allocation and its losses on these parts of the samples. layer_inputs: what went into every layer while it was
@@ -120,7 +130,8 @@ class Incumbent:
 class Evaluator:
     """Evaluates allocations on one prepared split. Whatever `journal` holds is not measured again.
 
-    spent: evaluations asked for so far, in units of one forward of all samples through all layers.
+    spent: evaluations asked for so far, in units of one forward of all samples through all layers; deadline: the
+    `time.monotonic()` after which nothing is measured any more and OutOfTime raised.
     """
 
     model: PreTrainedModel
@@ -128,6 +139,7 @@ class Evaluator:
     journal: Journal = field(default_factory=Journal)
     memo_bytes: int = 2 * 2**30
     spent: float = 0.0
+    deadline: float | None = None
     _blocks: dict[tuple[Any, ...], Tensor] = field(default_factory=dict)
     _held_bytes: int = 0
 
@@ -190,6 +202,8 @@ class Evaluator:
         what = {"split": self.prepared.hash, "samples": [rows[0], rows[-1] + 1, len(rows)], **space.key(allocation)}
         entry = self.journal.get(what)
         if entry is None:
+            if self.deadline is not None and time.monotonic() > self.deadline:
+                raise OutOfTime
             losses = measure()
             self.journal.put(what, losses.values)
             return losses

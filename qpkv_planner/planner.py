@@ -1,38 +1,63 @@
-"""From a model and a budget to a plan: calibration, uniform grid, elimination, knapsack, Optuna, validation.
+"""From a model and budgets to plans: calibration, uniform grid, elimination, knapsack, Optuna, validation.
 
 Every stage works on the search split and hands the next one its allocation; the stages' results meet on the
 validation split and the lowest objective there ships, with the paired interval of its cross-entropy against the best
-uniform setting. What each stage predicted and measured goes into the plan's `calibration.search`.
+uniform setting. What each stage predicted and measured goes into the plan's `calibration.search`. Several budgets share
+the prefill and the journal, and a smaller one's elimination goes on from where the larger one's plan ended.
+
+A study (a folder) makes a run crash-safe: prefills are kept there and evaluations journalled, and the same command goes
+on over them. Interrupted or out of time, a search ships the best it has and says so in the plan.
 """
 
 from __future__ import annotations
 
 import math
+import time
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import asdict, dataclass, replace
+from fractions import Fraction
 from importlib.metadata import version
-from typing import Any
+from pathlib import Path
+from typing import Any, Literal
 
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from qpkv_planner import search
-from qpkv_planner.allocation import DEFAULT_CONTEXT_TOKENS, Allocation, Space, format_named, model_section
-from qpkv_planner.calibration import Context, Split, make_split
-from qpkv_planner.elimination import eliminate
+from qpkv_planner.allocation import (
+    DEFAULT_CONTEXT_TOKENS,
+    DEFAULT_RESERVE_TOKENS,
+    Allocation,
+    Choice,
+    Space,
+    format_named,
+    model_section,
+)
+from qpkv_planner.calibration import BUILT_IN, Context, Data, Split, make_splits
+from qpkv_planner.calibration_cache import load_or_prepare
+from qpkv_planner.elimination import eliminate, roomy
 from qpkv_planner.grid import FORMATS, QUICK_FORMATS, Setting, make_grid, with_format
 from qpkv_planner.heads import measure_heads
-from qpkv_planner.knapsack import improve
-from qpkv_planner.measurement import Evaluator, Losses, Objective, interval
-from qpkv_planner.prefill import largest_number, prepare
+from qpkv_planner.journal import Journal
+from qpkv_planner.knapsack import additivity, improve
+from qpkv_planner.measurement import Evaluator, Losses, Objective, OutOfTime, interval
+from qpkv_planner.prefill import Prepared, largest_number
 from qpkv_planner.progress import Progress
 from qpkv_runtime.attention import NAME
+from qpkv_runtime.budget import limit_bytes
 from qpkv_runtime.compression import Scoring
-from qpkv_runtime.errors import InputError, UnsupportedModelError
+from qpkv_runtime.errors import BudgetError, InputError, UnsupportedModelError
+from qpkv_runtime.ledger import full_bytes
 from qpkv_runtime.methods import SHARINGS
 from qpkv_runtime.models import model_identity, model_shape
 from qpkv_runtime.plan import Calibration, Comparison, Decode, Heads, Model, Plan, Scorer
 
 QUICK_CONTEXT_TOKENS = 1024
 FLOAT16_ROOM = 2.0**15  # a larger key or value in calibration and float16 could overflow on other text
+LEAST_SHARE = 4  # no layer goes below this part of the uniform setting's tokens: few contexts overfit
+
+SNAPKV = Scorer.model_validate({"name": "snapkv", "queries": 16})
+SNAPKV_MEAN = Scorer.model_validate({"name": "snapkv", "queries": 16, "kernel": 5, "pooling": "average"})
 
 
 @dataclass(frozen=True)
@@ -43,16 +68,49 @@ class Effort:
     validation_contexts: int
     num_parts: int
     formats: tuple[str, ...]
-    scorers: tuple[str, ...]
-    windows: tuple[int, ...]
+    scorers: tuple[Scorer, ...]
     times_budget: float
     rounds: int
     parts_per_round: int
     trials: int
+    additivity_plans: int
 
 
-QUICK = Effort(12, 9, 3, QUICK_FORMATS, ("snapkv",), (16,), 2.5, 1, 2, 10)
-THOROUGH = Effort(18, 24, 3, FORMATS, ("snapkv", "knorm", "streamingllm"), (16, 8, 32), 4.0, 4, 2, 24)
+QUICK = Effort(12, 9, 3, QUICK_FORMATS, (SNAPKV, SNAPKV_MEAN), 2.5, 1, 2, 10, 0)
+THOROUGH = Effort(18, 24, 3, FORMATS, (SNAPKV, SNAPKV_MEAN), 4.0, 4, 2, 24, 24)
+
+
+@dataclass(frozen=True)
+class Options:
+    """Everything a search depends on besides the model and the budget.
+
+    context_tokens: the length a ratio refers to, None for 2048 (quick: 1024) or the model's if that is smaller;
+    calibration_tokens: the length of the calibration contexts, the same unless given: then the search runs at the same
+    ratio of that length and its kept shares are stretched; data: where the contexts come from; max_new_tokens: the
+    reserve's size; heads: how KV heads share a layer's tokens (uniform, adaptive, or weighted, measured on the search
+    contexts); timeout_seconds: the search's, validation comes on top; sampler, storage: Optuna's.
+    """
+
+    context_tokens: int | None = None
+    calibration_tokens: int | None = None
+    quick: bool = False
+    objective: Objective = "kl"
+    data: Data = BUILT_IN
+    max_new_tokens: int | None = None
+    then: str = "evict"
+    sinks: int = 4
+    window: int = 4
+    heads: str = "uniform"
+    trials: int | None = None
+    sampler: str = "tpe"
+    storage: str | None = None
+    timeout_seconds: float | None = None
+    seed: int = 0
+
+    @property
+    def effort(self) -> Effort:
+        effort = QUICK if self.quick else THOROUGH
+        return effort if self.trials is None else replace(effort, trials=self.trials)
 
 
 @dataclass(frozen=True)
@@ -65,76 +123,100 @@ class Candidate:
 
 
 def plan(
-    model: PreTrainedModel,
-    tokenizer: PreTrainedTokenizerBase,
-    budget: str,
-    *,
-    name: str | None = None,
-    context_tokens: int | None = None,
-    calibration_tokens: int | None = None,
-    quick: bool = False,
-    objective: Objective = "kl",
-    max_new_tokens: int | None = None,
-    then: str = "evict",
-    sinks: int = 4,
-    window: int = 16,
-    heads: str = "uniform",
-    trials: int | None = None,
-    seed: int = 0,
-    quiet: bool = False,
-) -> Plan:
+    model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, budget: str, *, name: str | None = None,
+    study: Path | None = None, calibration_cache: Path | None = None, quiet: bool = False, **options: Any,
+) -> Plan:  # fmt: skip
     """Search for the plan of `model` under `budget` (`1/64`, `1.6%`, `512MiB`, per sequence).
 
     model: loaded with attn_implementation="qpkv" (`qpkv_runtime.load_model` does). name: recorded as model.id, for
-    `qpkv-run` to load it by. context_tokens: the length a ratio refers to, 2048 (quick: 1024) or the model's if that
-    is smaller; calibration_tokens: the length of the calibration contexts, the same unless given. max_new_tokens: the
-    reserve's size. heads: how KV heads share a layer's tokens (uniform, adaptive, or weighted, measured on the search
-    contexts). The same arguments, model and machine give the same plan, byte for byte.
+    `qpkv-run` to load it by. study: a folder for the journal and the prefills, over which a killed run goes on;
+    calibration_cache: a folder for the prefills alone, which other searches reuse. options: of `Options`. The same
+    arguments, model and machine give the same plan, byte for byte.
 
     Raises BudgetError when the budget cannot hold sinks, window and reserve; NumericsError when the model gives NaN.
     """
-    effort = QUICK if quick else THOROUGH
-    if trials is not None:
-        effort = replace(effort, trials=trials)
+    with _session(model, tokenizer, Options(**options), name, study, calibration_cache, quiet, 1) as session:
+        return session.plan(budget)
+
+
+def frontier(
+    model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, budgets: Sequence[str], *, name: str | None = None,
+    study: Path | None = None, calibration_cache: Path | None = None, quiet: bool = False, **options: Any,
+) -> Iterator[Plan]:  # fmt: skip
+    """The plans of several budgets, as `plan`, largest budget first: one prefill, each search starting from the last
+    plan. Ends early, after the plan it was at, when interrupted."""
+    count = len(budgets)
+    with _session(model, tokenizer, Options(**options), name, study, calibration_cache, quiet, count) as session:
+        full = full_bytes(model_shape(model), session.context_tokens)
+        ordered = sorted(budgets, key=lambda one: -limit_bytes(one, full))
+        for budget in ordered:
+            session.check_holds(budget)
+        for budget in ordered:
+            yield session.plan(budget)
+            if session.stopped:
+                return
+
+
+def smallest(
+    model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, max_loss: float, *, name: str | None = None,
+    study: Path | None = None, calibration_cache: Path | None = None, quiet: bool = False, **options: Any,
+) -> Plan:  # fmt: skip
+    """The plan of the smallest budget found whose cross-entropy on validation exceeds the full cache's by no more than
+    `max_loss` nats at the upper end of its 95 % interval: halving from 1/2, then twice between the last two.
+
+    Raises BudgetError when even half of the cache loses more.
+    """
+    with _session(model, tokenizer, Options(**options), name, study, calibration_cache, quiet, 6) as session:
+        good: Plan | None = None
+        good_share, bad_share = 1.0, 0.0
+        for _ in range(8):
+            share = good_share / 2 if bad_share == 0.0 else math.sqrt(good_share * bad_share)
+            if bad_share and good_share / bad_share < 1.2:
+                break
+            try:
+                found = session.plan(f"{share:.4g}")
+            except BudgetError:
+                bad_share = share
+                continue
+            assert found.calibration is not None and found.calibration.loss_to_full is not None
+            high = found.calibration.loss_to_full.high
+            session.progress.say(
+                f"budget {share:.4g}: at most {high:+.3f} nats over the full cache, {max_loss} allowed"
+            )
+            if high <= max_loss:
+                good, good_share = found, share
+            else:
+                bad_share = share
+                if good is None and share < 0.5:
+                    break
+            if session.stopped:
+                break
+        if good is None:
+            raise BudgetError(
+                f"no budget up to 1/2 stays within --max-loss {max_loss} nats of the full cache on validation (upper "
+                "end of the 95 % interval): allow more, or calibrate on more contexts"
+            )
+        return good
+
+
+@contextmanager
+def _session(
+    model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, options: Options, name: str | None,
+    study: Path | None, calibration_cache: Path | None, quiet: bool, num_budgets: int,
+) -> Iterator[_Session]:  # fmt: skip
     if model.config._attn_implementation != NAME:
         raise UnsupportedModelError(f"planning needs qpkv attention: call model.set_attn_implementation('{NAME}')")
-    shape = model_shape(model)
-    default_tokens = QUICK_CONTEXT_TOKENS if quick else DEFAULT_CONTEXT_TOKENS
-    context_tokens = context_tokens or min(default_tokens, shape.max_context_tokens)
-    calibration_tokens = calibration_tokens or context_tokens
-    for what, tokens in (("context length", context_tokens), ("calibration length", calibration_tokens)):
-        if not 0 < tokens <= shape.max_context_tokens:
-            raise InputError(f"the {what} must be 1 to the model's {shape.max_context_tokens} tokens, got {tokens}")
-    splits = {
-        split: make_split(tokenizer, split, contexts, calibration_tokens, seed)
-        for split, contexts in (("search", effort.search_contexts), ("validation", effort.validation_contexts))
-    }
-    section = describe(model, tokenizer, name or model.config._name_or_path, splits["search"].contexts[0])
-    space = Space(
-        model=section,
-        requested=budget,
-        context_tokens=context_tokens,
-        scorer=Scorer(name=effort.scorers[0]),
-        sinks=sinks,
-        window=window,
-        decode=Decode.model_validate({"reserve_tokens": 1, "format": "rotated-k4v4", "then": then}),
-    )
-    if heads not in SHARINGS:
-        raise InputError(f"heads must be one of {', '.join(SHARINGS)}, got {heads!r}")
-    shared = measure_heads(model, shape, splits["search"]) if heads == "weighted" else Heads(share=heads)
-    space = replace(space, heads=shared)
-    low_bit = [format for format in effort.formats if format != "16bit"]
-    with_format(space, low_bit[0], max_new_tokens).check_holds(low_bit)
-    grid = make_grid(space, effort.scorers, effort.formats, max_new_tokens)
-    progress = Progress(_estimated_steps(effort, shape.num_layers), quiet)
+    progress = Progress(_estimated_steps(options.effort, model_shape(model).num_layers, num_budgets), quiet)
+    session = _Session(model, tokenizer, options, name, study, calibration_cache, progress)
     try:
-        return _Search(model, space, grid, effort, objective, seed, progress).run(splits)
+        yield session
     finally:
+        session.journal.close()
         progress.close()
 
 
 def describe(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, name: str, context: Context) -> Model:
-    """The plan's `model` section. `context` is run to see whether float16 can hold the keys and values."""
+    """A plan's `model` section. `context` is run to see whether float16 can hold the keys and values."""
     shape, identity = model_shape(model), model_identity(model, tokenizer)
     dtype = str(model.dtype).removeprefix("torch.")
     storage_dtype = dtype
@@ -144,139 +226,146 @@ def describe(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, name: s
     return model_section(name, shape, dtype, storage_dtype, revision=revision, **asdict(identity))
 
 
-def _estimated_steps(effort: Effort, num_layers: int) -> int:
+def _estimated_steps(effort: Effort, num_layers: int, num_budgets: int) -> int:
     """Steps of progress: evaluations of about half a forward; a context's prefill counts as four."""
     contexts = 4 * (effort.search_contexts + effort.validation_contexts)
     passes = 3 * math.log2(effort.times_budget) * num_layers
-    return int(contexts + 2 * len(effort.formats) + passes + 5 * effort.rounds * num_layers + 2 * effort.trials + 12)
+    grid = 2 * (len(effort.formats) + 9)
+    return int(contexts + num_budgets * (grid + passes + 3 * effort.rounds * num_layers + 2 * effort.trials + 12))
 
 
-class _Search:
-    """One run of the stages."""
+class _Session:
+    """What the budgets of one run share: the splits, their prefills, the journal, the last plan's allocation."""
 
     def __init__(
-        self, model: PreTrainedModel, space: Space, grid: list[Setting], effort: Effort, objective: Objective,
-        seed: int, progress: Progress,
+        self, model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, options: Options, name: str | None,
+        study: Path | None, calibration_cache: Path | None, progress: Progress,
     ) -> None:  # fmt: skip
-        self.model, self.space, self.grid, self.effort = model, space, grid, effort
-        self.objective, self.seed, self.progress = objective, seed, progress
-        self.record: dict[str, Any] = {}
+        self.model, self.options, self.effort, self.progress = model, options, options.effort, progress
+        self.stopped: Literal["interrupted", "timeout"] | None = None
+        shape = model_shape(model)
+        default_tokens = QUICK_CONTEXT_TOKENS if options.quick else DEFAULT_CONTEXT_TOKENS
+        self.context_tokens = options.context_tokens or min(default_tokens, shape.max_context_tokens)
+        self.calibration_tokens = options.calibration_tokens or self.context_tokens
+        lengths = (("context length", self.context_tokens), ("calibration length", self.calibration_tokens))
+        for what, tokens in lengths:
+            if not 0 < tokens <= shape.max_context_tokens:
+                raise InputError(f"the {what} must be 1 to the model's {shape.max_context_tokens} tokens, got {tokens}")
+        if self.calibration_tokens > self.context_tokens:
+            raise InputError(
+                f"the calibration length must be at most the context length {self.context_tokens}, "
+                f"got {self.calibration_tokens}"
+            )
+        counts = {"search": self.effort.search_contexts, "validation": self.effort.validation_contexts}
+        self.splits = make_splits(tokenizer, counts, self.calibration_tokens, options.seed, options.data)
+        self.section = describe(model, tokenizer, name or model.config._name_or_path, self.splits["search"].contexts[0])
+        if options.heads not in SHARINGS:
+            raise InputError(f"heads must be one of {', '.join(SHARINGS)}, got {options.heads!r}")
+        self.heads: Heads | tuple[Heads, ...] = (
+            measure_heads(model, shape, self.splits["search"])
+            if options.heads == "weighted"
+            else Heads(share=options.heads)
+        )
+        self.cache_folder = calibration_cache or (study / "calibration" if study else None)
+        self.journal = self._open(study)
+        self.deadline = time.monotonic() + options.timeout_seconds if options.timeout_seconds else None
+        self._evaluators: dict[str, Evaluator] = {}
+        self.reserve_tokens = options.max_new_tokens or self._question_tokens()
+        self._last: tuple[str, Allocation] | None = None  # the last budget's format and plan, for the next to start at
+        self.samples: dict[str, dict[str, int | float]] = {}
 
-    def run(self, splits: dict[str, Split]) -> Plan:
-        space = self.space
+    def _question_tokens(self) -> int | None:
+        """Where contexts are compressed before the question is known, it goes through the reserve, which must hold it
+        and the answer; else None, for the default."""
+        if self.options.data.regime == "aware":
+            return None
+        samples = (one for split in self.splits.values() for context in split.contexts for one in context.samples)
+        return max(len(sample.prompt) + len(sample.continuation) for sample in samples)
+
+    def _open(self, study: Path | None) -> Journal:
+        """The study's journal, or one in memory. Its header is all that a loss depends on."""
+        if study is None:
+            return Journal()
+        study.mkdir(parents=True, exist_ok=True)
+        header = {
+            "model": self.section.model_dump(),
+            "data": {name: split.hash for name, split in self.splits.items()},
+            "versions": _versions(),
+        }
+        return Journal(study / "journal.jsonl", header)
+
+    # --- one budget ---
+
+    def space(self, budget: str, tokens: int) -> Space:
+        """The space of plans for `budget` of `tokens` tokens."""
+        options = self.options
+        return Space(
+            model=self.section,
+            requested=budget,
+            context_tokens=tokens,
+            scorer=self.effort.scorers[0],
+            sinks=options.sinks,
+            window=options.window,
+            decode=Decode.model_validate({"reserve_tokens": 1, "format": "rotated-k4v4", "then": options.then}),
+            heads=self.heads,
+        )
+
+    def check_holds(self, budget: str) -> None:
+        """Raise BudgetError, naming the smallest possible, unless some plan fits."""
+        space = with_format(self.space(budget, self.context_tokens), QUICK_FORMATS[-1], self.reserve_tokens)
+        space.check_holds(QUICK_FORMATS)
+
+    def plan(self, budget: str) -> Plan:
+        """The stages for one budget."""
+        shipped = self.space(budget, self.context_tokens)
+        lossless = self._lossless(shipped)
+        if lossless is not None:
+            return lossless
+        self.check_holds(budget)
+        space = shipped
+        if self.calibration_tokens < self.context_tokens:  # the same share of what the calibration contexts would take
+            share = Fraction(shipped.limit_bytes, shipped.full_bytes)
+            full = full_bytes(space.shape, self.calibration_tokens)
+            space = self.space(f"{int(full * share)}B", self.calibration_tokens)
         self.progress.say(
-            f"budget {space.requested} of {space.context_tokens} tokens: "
-            f"{space.limit_bytes:,} of {space.full_bytes:,} bytes"
+            f"budget {budget} of {self.context_tokens} tokens: {shipped.limit_bytes:,} of {shipped.full_bytes:,} bytes"
         )
-        best_uniform, candidates, slope = self._search(splits["search"])
-        return self._ship(splits, best_uniform, candidates, slope)
+        grid = make_grid(space, self.effort.scorers, self.effort.formats, self.reserve_tokens)
+        return _Search(self, shipped, space, grid).run()
 
-    def _search(self, split: Split) -> tuple[Candidate, list[Candidate], float]:
-        """The stages on the search split: the best uniform setting, the finalists (two of them pulled half way
-        back to uniform: few contexts overfit), and lambda at the knapsack's."""
-        evaluator, progress = self._prepare(split), self.progress
-        best_uniform, start = self._grid(evaluator)
-        space, quantizer = start.space, format_named(start.format).keys.quantizer
-
-        progress.stage("elimination")
-        eliminated, passes = eliminate(
-            evaluator, space, start.format, self.effort.times_budget, self.objective, progress.step
+    def _lossless(self, space: Space) -> Plan | None:
+        """The plan that keeps everything at 16 bit, where the budget holds that and a reserve."""
+        tokens = self.options.max_new_tokens or DEFAULT_RESERVE_TOKENS
+        whole = replace(space, decode=Decode(reserve_tokens=tokens, format="16bit", then=space.decode.then))
+        allocation = [Choice(whole.most_tokens(layer), "16bit") for layer in range(space.shape.num_layers)]
+        if whole.bytes(allocation) > space.limit_bytes:
+            return None
+        self.progress.say(
+            f"warning: {space.requested} = {space.limit_bytes:,} bytes holds {self.context_tokens} tokens and the "
+            "reserve at 16 bit: nothing needs compressing, and the plan keeps everything"
         )
-        self.record["elimination"] = [asdict(one) for one in passes]
-        eliminated_losses = evaluator.evaluate(space, eliminated)
-        self._say("elimination", eliminated_losses)
+        return whole.plan(allocation)
 
-        progress.stage("knapsack")
-        start_loss = evaluator.evaluate(space, start.allocation).mean(self.objective)
-        first = eliminated if eliminated_losses.mean(self.objective) < start_loss else start.allocation
-        improved, rounds, sensitivities = improve(
-            evaluator,
-            space,
-            first,
-            quantizer,
-            self.effort.rounds,
-            self.effort.parts_per_round,
-            self.objective,
-            progress.step,
-        )
-        self.record["knapsack"] = [{**asdict(one), "accepted": one.is_accepted} for one in rounds]
-        improved_losses = evaluator.evaluate(space, improved)
-        self._say("knapsack", improved_losses)
+    # --- data ---
 
-        progress.stage("search")
-        found = search.refine(
-            evaluator, space, improved, sensitivities, quantizer, self.effort.windows, self.effort.trials,
-            self.objective, self.seed, lambda: progress.step(2),
-        )  # fmt: skip
-        candidates = [Candidate("elimination", space, eliminated), Candidate("knapsack", space, improved)]
-        self.record["optuna"] = {"trials": self.effort.trials, "finished": len(found)}
-        if found:
-            best = found[0]
-            candidates.append(Candidate("search", best.space, best.allocation))
-            gain = improved_losses.mean(self.objective) - best.loss
-            self.record["optuna"].update(best=best.loss, parameters=best.parameters, gain_on_knapsack=gain)
-            progress.say(f"search          {self.objective} {best.loss:.3f} after {len(found)} finished trials")
-        even = Candidate("uniform", space, start.allocation)
-        candidates += [mean for one in candidates[:2] for mean in _geometric_mean(even, one)]
-        self.record["search_evaluations"] = evaluator.spent
-        return best_uniform, candidates, self._slope(evaluator, candidates[1], improved_losses)
+    def evaluator(self, split: str, scorings: Sequence[Scoring]) -> Evaluator:
+        """The evaluator of a split, prefilled under these scorings at least."""
+        held = self._evaluators.get(split)
+        if held is None or not set(scorings) <= held.prepared.scorings:
+            known = held.prepared.scorings if held else frozenset()
+            prepared = self._prepare(self.splits[split], list(dict.fromkeys([*known, *scorings])))
+            held = self._evaluators[split] = Evaluator(self.model, prepared, self.journal)
+        held.deadline = self.deadline
+        return held
 
-    def _ship(
-        self, splits: dict[str, Split], best_uniform: Candidate, candidates: list[Candidate], slope: float
-    ) -> Plan:
-        """The finalists on the validation split; the plan of the lowest objective there."""
-        evaluator, progress = self._prepare(splits["validation"]), self.progress
-        progress.stage("finalists")
-        finals = []
-        for candidate in (best_uniform, *candidates):
-            losses = evaluator.evaluate(candidate.space, candidate.allocation)
-            finals.append((candidate, losses))
-            self._say(f"  {candidate.stage}", losses)
-            progress.step(2)
-        full, uniform = evaluator.full(), finals[0][1]
-        winner, losses = min(finals, key=lambda final: final[1].mean(self.objective))
-        self.record["finalists"] = [{"stage": c.stage, **_means(loss)} for c, loss in finals]
-        gain = interval(losses, "ce", minus=uniform)
-        progress.say(
-            f"{winner.stage} ships: cross-entropy {losses.mean('ce'):.3f} (full {full.mean('ce'):.3f}, "
-            f"best uniform {uniform.mean('ce'):.3f}; difference {gain.mean:+.3f} [{gain.low:+.3f}, {gain.high:+.3f}])"
-        )
-        calibration = Calibration(
-            objective=self.objective,
-            seed=self.seed,
-            context_tokens=splits["validation"].context_tokens,
-            hashes={name: split.hash for name, split in splits.items()},
-            samples=self.record.pop("samples"),
-            cross_entropy=_compare("ce", full, losses, uniform),
-            kl=_compare("kl", full, losses, uniform),
-            improvement_on_best_uniform=gain,
-            by_kind={"full": full.by_kind(), "plan": losses.by_kind(), "best_uniform": uniform.by_kind()},
-            winner=winner.stage,
-            lambda_nats_per_mib=_rounded(slope),
-            beta=_rounded(1 / slope) if slope > 0 else None,
-            best_uniform=best_uniform.stage,
-            versions={package: version(package) for package in ("qpkv", "torch", "transformers", "optuna")},
-            search=_rounded(self.record),
-        )
-        return winner.space.plan(winner.allocation, calibration)
-
-    def _prepare(self, split: Split) -> Evaluator:
-        """Prefill a split under every scoring that may be asked for."""
+    def _prepare(self, split: Split, scorings: list[Scoring]) -> Prepared:
         self.progress.stage(f"prefill {split.name}"[:13])
-        scorings = [Scoring.of(s.space.scorer, s.space.sinks, s.space.window) for s in self.grid]
-        for scorer in self.effort.scorers:  # the search may start from any of them and try any window
-            scorings += [Scoring.of(Scorer(name=scorer), self.space.sinks, window) for window in self.effort.windows]
-        prepared = prepare(
-            self.model,
-            self.space.shape,
-            self.space.model.storage_dtype,
-            split,
-            list(dict.fromkeys(scorings)),
-            self.effort.num_parts,
-            lambda: self.progress.step(4),
-        )
+        prepared = load_or_prepare(
+            self.model, self.section, split, scorings, self.effort.num_parts, lambda: self.progress.step(4),
+            self.cache_folder,
+        )  # fmt: skip
         left_out = sum(prepared.num_unanswerable.values())
-        self.record.setdefault("samples", {})[split.name] = {
+        self.samples[split.name] = {
             "contexts": prepared.num_contexts,
             "samples": len(prepared),
             "unanswerable_share": round(left_out / (left_out + len(prepared)), 4),
@@ -285,18 +374,181 @@ class _Search:
             f"{split.name}: {len(prepared)} samples of {prepared.num_contexts} contexts "
             f"({left_out} questions left out, which the full cache cannot answer)"
         )
-        return Evaluator(self.model, prepared)
+        return prepared
 
-    def _grid(self, evaluator: Evaluator) -> tuple[Candidate, Setting]:
+
+class _Search:
+    """The stages for one budget. shipped: the space of the plan; space: that of the search, which is another one where
+    calibration contexts are shorter."""
+
+    def __init__(self, session: _Session, shipped: Space, space: Space, grid: list[Setting]) -> None:
+        self.session, self.shipped, self.space, self.grid = session, shipped, space, grid
+        self.effort, self.options, self.progress = session.effort, session.options, session.progress
+        self.objective = session.options.objective
+        self.record: dict[str, Any] = {}
+        self.best_uniform: Candidate | None = None
+        self.candidates: list[Candidate] = []
+        self.slope = 0.0
+        scorings = [Scoring.of(s.space.scorer, s.space.sinks, s.space.window) for s in grid]
+        self.scorings = list(dict.fromkeys(scorings))
+
+    def run(self) -> Plan:
+        split = "validation"
+        try:
+            self._stages(self.session.evaluator("search", self.scorings))
+        except (KeyboardInterrupt, OutOfTime) as stop:
+            if self.best_uniform is None or not self.candidates:
+                raise
+            self.session.stopped = "timeout" if isinstance(stop, OutOfTime) else "interrupted"
+            if self.session.stopped == "interrupted":
+                split = "search"  # the user is waiting
+            self.progress.say(f"{self.session.stopped}: shipping the best plan so far, measured on the {split} split")
+        self.session.deadline = None
+        return self._ship(split)
+
+    def _stage(self, name: str) -> None:
+        self.progress.stage(name)
+        self.session.journal.stage = name
+
+    def _stages(self, evaluator: Evaluator) -> None:
+        """The stages on the search split, their results in `candidates` (two of them also pulled half way back to
+        uniform: few contexts overfit), and lambda at the knapsack's."""
+        start = self._grid(evaluator)
+        space, quantizer = start.space, format_named(start.format).keys.quantizer
+        self.candidates = [Candidate("uniform", space, start.allocation)]
+        floor = min(choice.tokens for choice in start.allocation) // LEAST_SHARE
+
+        self._stage("elimination")
+        last = self.session._last
+        reuses = last is not None and last[0] == start.format and space.bytes(last[1]) > space.limit_bytes
+        begin = last[1] if last is not None and reuses else roomy(space, start.format, self.effort.times_budget)
+        eliminated, passes = eliminate(evaluator, space, begin, self.objective, floor, self.progress.step)
+        self.record["elimination"] = [asdict(one) for one in passes]
+        self.candidates.append(Candidate("elimination", space, eliminated))
+        eliminated_loss = self._say("elimination", evaluator.evaluate(space, eliminated)).mean(self.objective)
+
+        self._stage("knapsack")
+        start_loss = evaluator.evaluate(space, start.allocation).mean(self.objective)
+        improved, rounds, around = improve(
+            evaluator, space, eliminated if eliminated_loss < start_loss else start.allocation, quantizer,
+            self.effort.rounds, self.effort.parts_per_round, self.objective, floor, self.progress.step,
+            lambda allocation: self._keep(Candidate("knapsack", space, allocation)),
+        )  # fmt: skip
+        self.record["knapsack"] = [{**asdict(one), "accepted": one.is_accepted} for one in rounds]
+        self._keep(Candidate("knapsack", space, improved))
+        improved_losses = self._say("knapsack", evaluator.evaluate(space, improved))
+        self.session._last = (start.format, improved)
+
+        if self.effort.additivity_plans:
+            self._stage("additivity")
+            self.record["additivity"] = additivity(
+                evaluator, space, around, self.objective, self.effort.additivity_plans, self.options.seed,
+                self.progress.step,
+            )  # fmt: skip
+
+        self._stage("search")
+        found = search.refine(
+            evaluator, search.Family(space, improved, around.sensitivities, quantizer), self.effort.trials,
+            self.objective, self.options.seed, lambda: self.progress.step(2),
+            sampler=self.options.sampler, storage=self.options.storage, name=f"{self.space.requested} {start.format}",
+        )  # fmt: skip
+        self.record["optuna"] = {"trials": self.effort.trials, "finished": len(found)}
+        if found:
+            best = found[0]
+            self._keep(Candidate("search", space, best.allocation))
+            gain = improved_losses.mean(self.objective) - best.loss
+            self.record["optuna"].update(best=best.loss, parameters=best.parameters, gain_on_knapsack=gain)
+            self.progress.say(f"search          {self.objective} {best.loss:.3f} of {len(found)} finished trials")
+            if len(found) > 2:
+                self.candidates += _geometric_mean("mean of trials", [(space, one.allocation) for one in found[:3]])
+        even = (space, start.allocation)
+        for stage, allocation in (("half elimination", eliminated), ("half knapsack", improved)):
+            self.candidates += _geometric_mean(stage, [(space, allocation), even])
+        self.slope = self._slope(evaluator, space, improved, improved_losses)
+
+    def _keep(self, candidate: Candidate) -> None:
+        """A stage's latest result."""
+        self.candidates = [one for one in self.candidates if one.stage != candidate.stage] + [candidate]
+
+    def _ship(self, split: str) -> Plan:
+        """The finalists on a split; the plan of the lowest objective there."""
+        session, progress = self.session, self.progress
+        evaluator = session.evaluator(split, self.scorings)
+        self._stage("finalists")
+        assert self.best_uniform is not None
+        finals = []
+        for candidate in (self.best_uniform, *self.candidates):
+            losses = evaluator.evaluate(candidate.space, candidate.allocation)
+            finals.append((candidate, losses))
+            self._say(f"  {candidate.stage}", losses)
+            progress.step(2)
+        full, uniform = evaluator.full(), finals[0][1]
+        winner, losses = min(finals, key=lambda final: final[1].mean(self.objective))
+        self.record["finalists"] = [{"stage": c.stage, **_means(loss)} for c, loss in finals]
+        search_evaluator = session.evaluator("search", self.scorings)
+        self.record["search_evaluations"] = search_evaluator.spent
+        on_search = search_evaluator.evaluate(winner.space, winner.allocation)
+        self.record["optimism"] = losses.mean(self.objective) - on_search.mean(self.objective)
+        gain = interval(losses, "ce", minus=uniform)
+        progress.say(
+            f"{winner.stage} ships: cross-entropy {losses.mean('ce'):.3f} (full {full.mean('ce'):.3f}, "
+            f"best uniform {uniform.mean('ce'):.3f}; difference {gain.mean:+.3f} [{gain.low:+.3f}, {gain.high:+.3f}])"
+        )
+        calibration = Calibration(
+            objective=self.objective,
+            seed=self.options.seed,
+            context_tokens=session.calibration_tokens,
+            data=self.options.data.record(),
+            measured_on="search" if split == "search" else "validation",
+            stopped=session.stopped,
+            hashes={name: split.hash for name, split in session.splits.items()},
+            samples=dict(session.samples),
+            cross_entropy=_compare("ce", full, losses, uniform),
+            kl=_compare("kl", full, losses, uniform),
+            improvement_on_best_uniform=gain,
+            loss_to_full=interval(losses, "ce", minus=full),
+            worst_tenth={
+                name: round(one.tail("ce"), 6)
+                for name, one in (("full", full), ("plan", losses), ("best_uniform", uniform))
+            },
+            by_kind={"full": full.by_kind(), "plan": losses.by_kind(), "best_uniform": uniform.by_kind()},
+            winner=winner.stage,
+            lambda_nats_per_mib=_rounded(self.slope),
+            beta=_rounded(1 / self.slope) if self.slope > 0 else None,
+            best_uniform=self.best_uniform.stage,
+            versions=_versions(),
+            search=_rounded(self.record),
+        )
+        return self._stretched(winner, calibration)
+
+    def _stretched(self, winner: Candidate, calibration: Calibration) -> Plan:
+        """The plan of what was found, at the length it is for: each layer keeps the same share of it."""
+        if self.shipped is self.space:
+            return winner.space.plan(winner.allocation, calibration)
+        at = replace(winner.space, requested=self.shipped.requested, context_tokens=self.shipped.context_tokens)
+        at = with_format(at, winner.allocation[0].format, self.session.reserve_tokens)
+        allocation = at.project([float(c.tokens) for c in winner.allocation], [c.format for c in winner.allocation])
+        assert allocation is not None, "what fits a short context fits the same share of a long one"
+        measured = [[choice.tokens, choice.format] for choice in winner.allocation]
+        search = {
+            **calibration.search,
+            "measured_allocation": measured,
+            "measured_reserve_tokens": winner.space.decode.reserve_tokens,
+        }
+        stretched = at.plan(allocation, calibration.model_copy(update={"search": search}))
+        return stretched.model_copy(update={"extrapolated": True})
+
+    def _grid(self, evaluator: Evaluator) -> Setting:
         """Measure the uniform settings. The one of lowest cross-entropy is what the plan must beat; the one of lowest
-        objective below 16 bit is where the search starts."""
-        self.progress.stage("uniform grid")
+        objective below 16 bit with the search's window is where the search starts."""
+        self._stage("uniform grid")
         rows = []
         for setting in self.grid:
             rows.append((setting, evaluator.evaluate(setting.space, setting.allocation)))
             self.progress.step(2)
         self._say("full cache", evaluator.full())
         best, best_losses = min(rows, key=lambda row: row[1].mean("ce"))
+        self.best_uniform = Candidate(best.name, best.space, best.allocation)
         self._say(f"best uniform    {best.name}", best_losses)
         self.record["grid"] = [
             {
@@ -307,35 +559,47 @@ class _Search:
             }
             for setting, losses in rows
         ]
-        whole = [row for row in rows if row[0].format != "16bit" and row[0].space.window == self.space.window]
-        start = min(whole, key=lambda row: row[1].mean(self.objective))[0]
-        return Candidate(best.name, best.space, best.allocation), start
+        window = self.space.window
+        whole = [row for row in rows if row[0].format != "16bit" and row[0].space.window == window and _is_even(row[0])]
+        return min(whole, key=lambda row: row[1].mean(self.objective))[0]
 
-    def _slope(self, evaluator: Evaluator, candidate: Candidate, losses: Losses) -> float:
+    def _slope(self, evaluator: Evaluator, space: Space, allocation: Allocation, losses: Losses) -> float:
         """lambda = -dD/dR: nats that a tenth more budget saves, per MiB, all layers growing alike.
 
-        losses: the candidate's own, on the same samples.
+        losses: the allocation's own, on the same samples.
         """
-        here = losses.mean(self.objective)
-        roomier = replace(candidate.space, requested=f"{int(candidate.space.limit_bytes * 1.1)}B")
-        weights = [float(choice.tokens) for choice in candidate.allocation]
-        larger = roomier.project(weights, [choice.format for choice in candidate.allocation])
+        larger_space = replace(space, requested=f"{int(space.limit_bytes * 1.1)}B")
+        weights = [float(choice.tokens) for choice in allocation]
+        larger = larger_space.project(weights, [choice.format for choice in allocation])
         assert larger is not None
-        more = roomier.bytes(larger) - candidate.space.bytes(candidate.allocation)
-        return (here - evaluator.evaluate(roomier, larger).mean(self.objective)) / max(more, 1) * 2**20
+        more = space.bytes(larger) - space.bytes(allocation)
+        saved = losses.mean(self.objective) - evaluator.evaluate(larger_space, larger).mean(self.objective)
+        return saved / max(more, 1) * 2**20
 
-    def _say(self, what: str, losses: Losses) -> None:
+    def _say(self, what: str, losses: Losses) -> Losses:
         self.progress.say(
             f"{what:<15} cross-entropy {losses.mean('ce'):.3f}  kl {losses.mean('kl'):.3f}  "
             f"exact answers {100 * losses.mean('exact'):.0f} %"
         )
+        return losses
 
 
-def _geometric_mean(one: Candidate, two: Candidate) -> list[Candidate]:
-    """Half way from one to two: their tokens' geometric mean in the second one's formats, if it fits."""
-    weights = [math.sqrt(a.tokens * b.tokens) for a, b in zip(one.allocation, two.allocation, strict=True)]
-    allocation = two.space.project(weights, [choice.format for choice in two.allocation])
-    return [] if allocation is None else [Candidate(f"half {two.stage}", two.space, allocation)]
+def _is_even(setting: Setting) -> bool:
+    """Whether it gives every layer as much: the pyramid does not."""
+    return " uniform " in setting.name
+
+
+def _versions() -> dict[str, str]:
+    return {package: version(package) for package in ("qpkv", "torch", "transformers", "optuna")}
+
+
+def _geometric_mean(stage: str, members: Sequence[tuple[Space, Allocation]]) -> list[Candidate]:
+    """The members' tokens' geometric mean in the first one's space and formats, if it fits."""
+    space, first = members[0]
+    columns = zip(*([choice.tokens for choice in allocation] for _, allocation in members), strict=True)
+    weights = [math.exp(sum(map(math.log, tokens)) / len(tokens)) for tokens in columns]
+    allocation = space.project(weights, [choice.format for choice in first])
+    return [] if allocation is None else [Candidate(stage, space, allocation)]
 
 
 def _means(losses: Losses) -> dict[str, float]:

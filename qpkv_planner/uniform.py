@@ -48,7 +48,7 @@ def uniform_plan(
         heads=Heads(share=heads),
         decode=Decode.model_validate({"reserve_tokens": 1, "format": format, "then": then}),
     )
-    made = make_setting(space, scorer, preset, format, max_new_tokens)
+    made = make_setting(space, preset, format, max_new_tokens)
     if made is None or made.space.window != window:
         raise BudgetError(
             f"a budget must hold sinks + window ({sinks} + {window} tokens per layer) and the reserve in {format}, "

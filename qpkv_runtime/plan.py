@@ -367,19 +367,27 @@ class Comparison(_Value):
 class Calibration(_Value):
     """What was measured, on the validation split unless it says otherwise, and how the plan was found.
 
-    context_tokens: the calibration contexts' length as it was asked for. lambda_: nats that one more MiB would save
-    at the plan (yaml key `lambda_nats_per_mib`), beta: its inverse.
-    search: the stages' record, for readers and reports; the runtime does not look at it.
+    context_tokens: the calibration contexts' length as it was asked for. lambda_: nats that one more MiB would save at
+    the plan (yaml key `lambda_nats_per_mib`), beta: its inverse.
+    data: where the samples came from (`qpkv_planner.calibration.Data`); measured_on: the split of the measurements;
+    stopped: why the search ended early; loss_to_full: the cross-entropy minus the full cache's; worst_tenth: mean
+    cross-entropy of the worst tenth of the samples. search: the stages' record, for readers and reports; the runtime
+    does not look at it.
     """
 
     objective: Literal["kl", "ce"]
     seed: int
     context_tokens: int
+    data: dict[str, Any] = {}
+    measured_on: Literal["validation", "search"] = "validation"
+    stopped: Literal["interrupted", "timeout"] | None = None
     hashes: dict[str, str]
     samples: dict[str, dict[str, int | float]]
     cross_entropy: Comparison
     kl: Comparison
     improvement_on_best_uniform: Interval
+    loss_to_full: Interval | None = None
+    worst_tenth: dict[str, float] = {}
     by_kind: dict[str, dict[str, dict[str, float]]]
     winner: str
     lambda_nats_per_mib: float | None
