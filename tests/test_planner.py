@@ -251,7 +251,7 @@ def test_the_knapsack_is_solved_exactly(space):
 
 def test_a_setting_that_cannot_hold_its_window_gets_a_smaller_one_by_name(space):
     small = replace(space, requested="1/20")
-    made = make_setting(small, "snapkv", "uniform", "16bit", None)
+    made = make_setting(small, "uniform", "16bit", None)
     assert "window 8" in made.name and made.space.window == 8
     assert made.space.bytes(made.allocation) <= made.space.limit_bytes
 
