@@ -99,8 +99,8 @@ def setting_named(space: Space, name: str) -> Setting:
 def make_grid(
     space: Space, scorers: Sequence[Scorer], formats: Sequence[str], max_new_tokens: int | None
 ) -> list[Setting]:
-    """Every format under the first scorer; the other scorers, adaptive heads and the pyramid at a few formats; the
-    papers' own settings."""
+    """Every format under the first scorer; the other scorers and the pyramid at a few formats; the papers' own
+    settings. All but the papers' share heads as the space does."""
 
     def wanted() -> Iterator[tuple[Space, str, str]]:
         first, few = replace(space, scorer=scorers[0]), [*formats[:1], *formats[3:4]]
@@ -109,9 +109,6 @@ def make_grid(
         for scorer in scorers[1:]:
             for format in few:
                 yield replace(space, scorer=scorer), "uniform", format
-        for format in few:
-            if first.heads == UNIFORM:
-                yield replace(first, heads=Heads(share="adaptive")), "uniform", format
         yield first, "pyramidkv", formats[0]
         paper = replace(space, scorer=Scorer(name="snapkv"), window=PAPER_WINDOW, heads=UNIFORM)
         for format in PAPER_FORMATS:

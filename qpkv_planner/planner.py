@@ -151,6 +151,7 @@ def frontier(
         ordered = sorted(budgets, key=lambda one: -limit_bytes(one, full))
         for budget in ordered:
             session.check_holds(budget)
+            session.announce(budget)
         for budget in ordered:
             yield session.plan(budget)
             if session.stopped:
@@ -270,6 +271,7 @@ class _Session:
         self.journal = self._open(study)
         self.deadline = time.monotonic() + options.timeout_seconds if options.timeout_seconds else None
         self._evaluators: dict[str, Evaluator] = {}
+        self.announced: list[Scoring] = []
         self.reserve_tokens = options.max_new_tokens or self._question_tokens()
         self._last: tuple[str, Allocation] | None = None  # the last budget's format and plan, for the next to start at
         self.samples: dict[str, dict[str, int | float]] = {}
@@ -322,34 +324,46 @@ class _Session:
         if lossless is not None:
             return lossless
         self.check_holds(budget)
+        space, grid = self._grid(shipped)
+        self.progress.say(
+            f"budget {budget} of {self.context_tokens} tokens: {shipped.limit_bytes:,} of {shipped.full_bytes:,} bytes"
+        )
+        return _Search(self, shipped, space, grid).run()
+
+    def announce(self, budget: str) -> None:
+        """Prefill, when it comes to it, for this budget too."""
+        shipped = self.space(budget, self.context_tokens)
+        if self._lossless(shipped, quiet=True) is None:
+            self.announced += _scorings(self._grid(shipped)[1])
+
+    def _grid(self, shipped: Space) -> tuple[Space, list[Setting]]:
+        """The space of the search for a plan in `shipped`, and its uniform settings."""
         space = shipped
         if self.calibration_tokens < self.context_tokens:  # the same share of what the calibration contexts would take
             share = Fraction(shipped.limit_bytes, shipped.full_bytes)
             full = full_bytes(space.shape, self.calibration_tokens)
             space = self.space(f"{int(full * share)}B", self.calibration_tokens)
-        self.progress.say(
-            f"budget {budget} of {self.context_tokens} tokens: {shipped.limit_bytes:,} of {shipped.full_bytes:,} bytes"
-        )
-        grid = make_grid(space, self.effort.scorers, self.effort.formats, self.reserve_tokens)
-        return _Search(self, shipped, space, grid).run()
+        return space, make_grid(space, self.effort.scorers, self.effort.formats, self.reserve_tokens)
 
-    def _lossless(self, space: Space) -> Plan | None:
+    def _lossless(self, space: Space, quiet: bool = False) -> Plan | None:
         """The plan that keeps everything at 16 bit, where the budget holds that and a reserve."""
         tokens = self.options.max_new_tokens or DEFAULT_RESERVE_TOKENS
         whole = replace(space, decode=Decode(reserve_tokens=tokens, format="16bit", then=space.decode.then))
         allocation = [Choice(whole.most_tokens(layer), "16bit") for layer in range(space.shape.num_layers)]
         if whole.bytes(allocation) > space.limit_bytes:
             return None
-        self.progress.say(
-            f"warning: {space.requested} = {space.limit_bytes:,} bytes holds {self.context_tokens} tokens and the "
-            "reserve at 16 bit: nothing needs compressing, and the plan keeps everything"
-        )
+        if not quiet:
+            self.progress.say(
+                f"warning: {space.requested} = {space.limit_bytes:,} bytes holds {self.context_tokens} tokens and the "
+                "reserve at 16 bit: nothing needs compressing, and the plan keeps everything"
+            )
         return whole.plan(allocation)
 
     # --- data ---
 
     def evaluator(self, split: str, scorings: Sequence[Scoring]) -> Evaluator:
         """The evaluator of a split, prefilled under these scorings at least."""
+        scorings = [*scorings, *self.announced]
         held = self._evaluators.get(split)
         if held is None or not set(scorings) <= held.prepared.scorings:
             known = held.prepared.scorings if held else frozenset()
@@ -389,8 +403,7 @@ class _Search:
         self.best_uniform: Candidate | None = None
         self.candidates: list[Candidate] = []
         self.slope = 0.0
-        scorings = [Scoring.of(s.space.scorer, s.space.sinks, s.space.window) for s in grid]
-        self.scorings = list(dict.fromkeys(scorings))
+        self.scorings = _scorings(grid)
 
     def run(self) -> Plan:
         split = "validation"
@@ -582,6 +595,10 @@ class _Search:
             f"exact answers {100 * losses.mean('exact'):.0f} %"
         )
         return losses
+
+
+def _scorings(grid: Sequence[Setting]) -> list[Scoring]:
+    return list(dict.fromkeys(Scoring.of(s.space.scorer, s.space.sinks, s.space.window) for s in grid))
 
 
 def _is_even(setting: Setting) -> bool:

@@ -24,7 +24,7 @@ from qpkv_planner.calibration import CONTINUATION_TOKENS, Context, Regime, Sampl
 from qpkv_runtime.attention import Handle
 from qpkv_runtime.cache import layer_parts
 from qpkv_runtime.compression import Scoring, observe, to_storage
-from qpkv_runtime.errors import NumericsError
+from qpkv_runtime.errors import InputError, NumericsError
 from qpkv_runtime.models.shape import ModelShape
 from qpkv_runtime.scorers import LayerParts, Prefill
 
@@ -253,7 +253,7 @@ def prepare(
             loss = -run.logprobs[row].gather(1, torch.tensor(sample.continuation, device=model.device)[:, None]).mean()
             if not bool(loss.isfinite()):
                 raise NumericsError(f"the model's output must be finite, but its loss on a {sample.kind} sample is NaN")
-            if sample.kind != "text" and split.target == "gold" and float(loss) > ANSWERABLE_NATS:
+            if sample.needle is not None and split.target == "gold" and float(loss) > ANSWERABLE_NATS:
                 unanswerable[sample.kind] = unanswerable.get(sample.kind, 0) + 1
             else:
                 kept.append(row)
@@ -280,6 +280,11 @@ def prepare(
                     observation = observe(scoring, run.prefill(layer, row, scoring))
                     observed[layer][scoring].append((observation.importance[0], observation.query_stats[0]))
         progress()
+    if not samples:
+        raise InputError(
+            f"the {split.name} split must hold something that the full cache can answer, but its loss is above "
+            f"{ANSWERABLE_NATS} nat on all {sum(unanswerable.values())} samples: give other --calibration data"
+        )
     part_starts += [len(samples)] * (num_parts + 1 - len(part_starts))
     return Prepared(
         name=split.name,

@@ -62,7 +62,7 @@ def recorded(tiny):
         winner="search",
         lambda_nats_per_mib=None,
         beta=None,
-        best_uniform="snapkv:uniform:rotated-k4v4",
+        best_uniform="snapkv uniform rotated-k4v4 window 16",
         versions={"torch": "0"},
         search={},
     )

@@ -1,0 +1,255 @@
+"""Studies: a killed search goes on where it was and ends with the same plan; an interrupted one ships what it has."""
+
+from __future__ import annotations
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from collections import Counter
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+
+from qpkv_planner import planner
+from qpkv_planner.calibration import BUILT_IN, Data, make_splits, parse_mix
+from qpkv_planner.journal import Journal
+from qpkv_runtime.errors import BudgetError, InputError
+from qpkv_runtime.models import load_model, load_tokenizer
+from qpkv_runtime.plan import load_plan, parse_plan
+
+SMALL = replace(
+    planner.QUICK,
+    search_contexts=3,
+    validation_contexts=3,
+    formats=("rotated-k4v4", "rotated-k3v3"),
+    scorers=planner.QUICK.scorers[:1],
+    trials=4,
+    additivity_plans=3,
+)
+# the command with a small effort, for tests that must run it as a process of its own
+COMMAND = f"""
+import sys
+from dataclasses import replace
+from qpkv_planner import cli, planner
+planner.QUICK = replace(
+    planner.QUICK, search_contexts=3, validation_contexts=3, formats={SMALL.formats}, scorers=planner.QUICK.scorers[:1],
+    trials=4, additivity_plans=3,
+)
+sys.exit(cli.main(sys.argv[1:]))
+"""
+ARGUMENTS = ["--model", "tiny", "--dtype", "float32", "--budget", "1/8", "--context-length", "320", "--quick"]
+STAGES = ("prefill", "uniform grid", "elimination", "knapsack", "additivity", "search", "finalists")
+
+
+@pytest.fixture(autouse=True)
+def small(monkeypatch):
+    monkeypatch.setattr(planner, "QUICK", SMALL)
+
+
+@pytest.fixture(scope="module")
+def tiny():
+    return load_model("tiny", dtype="float32")
+
+
+def start(*arguments: str | Path) -> subprocess.Popen[str]:
+    environment = {**os.environ, "OMP_NUM_THREADS": "1"}
+    command = [sys.executable, "-c", COMMAND, *ARGUMENTS, *map(str, arguments)]
+    return subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, env=environment)
+
+
+def journal_lines(study: Path) -> list[dict[str, object]]:
+    path = study / "journal.jsonl"
+    whole = path.read_text().rpartition("\n")[0] if path.exists() else ""
+    return [json.loads(line) for line in whole.splitlines()[1:]]
+
+
+def stage_reached(study: Path) -> str:
+    lines = journal_lines(study)
+    return str(lines[-1]["stage"]) if lines else "prefill" if study.exists() else ""
+
+
+def test_a_search_killed_in_every_stage_ends_with_the_plan_of_one_that_was_not(tmp_path):
+    whole = start("--study", tmp_path / "whole")
+    expected, errors = whole.communicate(timeout=500)
+    assert whole.returncode == 0, errors
+    study, killed_in = tmp_path / "killed", []
+    for stage in STAGES:
+        process = start("--study", study, *(["--resume"] if (study / "journal.jsonl").exists() else []))
+        while process.poll() is None and STAGES.index(stage_reached(study) or "prefill") < STAGES.index(stage):
+            time.sleep(0.02)
+        if process.poll() is None and stage == "prefill":
+            time.sleep(3)
+        if process.poll() is None:
+            process.kill()
+            killed_in.append(stage_reached(study))
+        process.communicate()
+    with (study / "journal.jsonl").open("a") as file:
+        file.write('{"stage": "torn')
+    last = start("--study", study, "--resume")
+    found, errors = last.communicate(timeout=500)
+    assert last.returncode == 0, errors
+    assert found == expected
+    assert len(set(killed_in)) >= 5, killed_in
+    evaluations = Counter(json.dumps(line["what"], sort_keys=True) for line in journal_lines(study))
+    assert set(evaluations.values()) == {1}
+    assert len(evaluations) == len(journal_lines(tmp_path / "whole"))
+
+
+def test_an_interrupt_writes_the_best_plan_so_far_and_says_so(tmp_path):
+    study = tmp_path / "study"
+    process = start("--study", study)
+    while process.poll() is None and stage_reached(study) not in STAGES[3:]:
+        time.sleep(0.02)
+    process.send_signal(signal.SIGINT)
+    out, errors = process.communicate(timeout=300)
+    assert process.returncode == 130, errors
+    plan = parse_plan(out)
+    assert plan.calibration.stopped == "interrupted" and plan.calibration.measured_on == "search"
+    assert plan.budget.planned_bytes <= plan.budget.limit_bytes
+    assert "best plan so far" in errors
+
+
+def test_a_timeout_ships_a_validated_plan_that_says_so(tiny):
+    found = planner.plan(*tiny, "1/8", quick=True, context_tokens=320, name="tiny", quiet=True, timeout_seconds=6)
+    assert found.calibration.stopped == "timeout" and found.calibration.measured_on == "validation"
+
+
+def test_a_study_of_something_else_is_refused(tmp_path):
+    path = tmp_path / "journal.jsonl"
+    Journal(path, {"model": "a", "data": "x"}).close()
+    with pytest.raises(InputError, match=r"was begun with data = 'x', this run has 'y'"):
+        Journal(path, {"model": "a", "data": "y"})
+    path.write_text("not json\n")
+    with pytest.raises(InputError, match="not a journal"):
+        Journal(path, {})
+
+
+def test_a_frontier_is_one_file_for_each_budget_largest_first(tmp_path, capsys):
+    from qpkv_planner import cli
+
+    arguments = [*ARGUMENTS[:4], "--budget", "1/16,1/4", *ARGUMENTS[6:], "--out-dir", str(tmp_path / "plans")]
+    assert cli.main([*arguments, "--calibration-cache", str(tmp_path / "cache")]) == 0
+    points = json.loads((tmp_path / "plans" / "frontier.json").read_text())
+    assert [point["requested"] for point in points] == ["1/4", "1/16"]
+    for point in points:
+        plan = load_plan(tmp_path / "plans" / point["file"])
+        assert plan.budget.planned_bytes == point["planned_bytes"]
+    errors = capsys.readouterr().err
+    assert errors.count("search:") == 1 and errors.count("validation:") == 1  # one prefill for both
+    assert len(list((tmp_path / "cache").glob("*.safetensors"))) == 2
+
+
+def test_the_smallest_budget_within_a_loss_keeps_to_it(tiny):
+    settings = {"quick": True, "context_tokens": 320, "name": "tiny", "quiet": True, "trials": 1}
+    found = planner.smallest(*tiny, 1.0, **settings)
+    assert found.calibration.loss_to_full.high <= 1.0
+    assert found.budget.limit_bytes < found.budget.full_bytes // 4
+    with pytest.raises(BudgetError, match="stays within"):
+        planner.smallest(*tiny, 1e-9, **settings)
+
+
+def test_a_budget_that_holds_everything_gives_the_lossless_plan_with_a_warning(tiny, capsys):
+    found = planner.plan(*tiny, "64MiB", quick=True, context_tokens=320, name="tiny")
+    assert {tier.format for layer in found.layers for tier in layer.tiers} == {"16bit"}
+    assert all(layer.tokens == 320 for layer in found.layers)
+    assert "nothing needs compressing" in capsys.readouterr().err
+
+
+def test_a_plan_for_a_longer_context_keeps_the_same_shares_and_says_it_extrapolates(tiny):
+    settings = {"quick": True, "name": "tiny", "quiet": True}
+    found = planner.plan(*tiny, "1/8", context_tokens=1280, calibration_tokens=320, **settings)
+    assert found.extrapolated and found.calibration.context_tokens == 320
+    measured = found.calibration.search["measured_allocation"]
+    assert found.budget.planned_bytes <= found.budget.limit_bytes == found.budget.full_bytes // 8
+    for layer, (tokens, _) in zip(found.layers, measured, strict=True):
+        assert layer.tokens > 2 * tokens
+
+
+# --- a user's own samples ---
+
+
+def samples(path: Path, rows: list[object]) -> Path:
+    path.write_text("\n".join(row if isinstance(row, str) else json.dumps(row) for row in rows))
+    return path
+
+
+PROMPT = "The old town has a river, and on its bank stood a mill that nobody had used for years until "
+
+
+def test_a_users_samples_take_the_place_of_the_built_in_ones(tiny, tmp_path):
+    rows = [
+        {"prompt": f"{PROMPT * 4} case {i} came", "continuation": f" the {i} miller", "kind": "mill"} for i in range(12)
+    ]
+    data = Data(file=samples(tmp_path / "mine.jsonl", rows))
+    found = planner.plan(*tiny, "1/4", quick=True, context_tokens=320, name="tiny", quiet=True, data=data, trials=1)
+    assert set(found.calibration.by_kind["plan"]) == {"mill"}
+    assert found.calibration.data["file"] == "mine.jsonl"
+    assert Data.of_record(found.calibration.data, data.file) == data
+    with pytest.raises(InputError, match="name that file"):
+        Data.of_record(found.calibration.data)
+    samples(tmp_path / "mine.jsonl", rows[:-1])
+    with pytest.raises(InputError, match="its hash differs"):
+        Data.of_record(found.calibration.data, data.file)
+
+
+@pytest.mark.parametrize(
+    ("rows", "message"),
+    [
+        ([{"prompt": PROMPT * 3, "continuation": " a"}, "not json"], r"mine.jsonl:2 must be a JSON object"),
+        ([{"prompt": PROMPT * 3}], r"mine.jsonl:1 must be a JSON object"),
+        ([{"prompt": PROMPT * 99, "continuation": " a"}], r"mine.jsonl:1 must have 32 to 320 tokens"),
+        ([{"prompt": PROMPT * 3, "continuation": " a"}], r"at least 4 contexts"),
+    ],
+)
+def test_bad_samples_are_named_by_their_line(tmp_path, rows, message):
+    data = Data(file=samples(tmp_path / "mine.jsonl", rows))
+    with pytest.raises(InputError, match=message):
+        make_splits(load_tokenizer("tiny"), {"search": 2, "validation": 2}, 320, 0, data)
+
+
+def test_plain_text_is_cut_into_windows_that_no_split_shares(tmp_path):
+    path = tmp_path / "mine.txt"
+    path.write_text(" ".join(f"{PROMPT}number {i}." for i in range(120)))
+    splits = make_splits(load_tokenizer("tiny"), {"search": 3, "validation": 3}, 128, 0, Data(file=path))
+    contexts = [context.tokens for split in splits.values() for context in split.contexts]
+    assert len(set(contexts)) == 6
+
+
+def test_the_mix_says_what_a_context_holds():
+    data = Data(mix=parse_mix("number=1,chain=2,code=1"))
+    split = make_splits(load_tokenizer("tiny"), {"search": 2}, 512, 0, data)["search"]
+    assert [sample.kind for sample in split.contexts[0].samples] == ["number", "chain", "chain", "text"]
+    for bad in ("number", "riddle=1,prose=1", "number=1", "number=20,prose=1"):
+        with pytest.raises(InputError, match="--calibration-mix"):
+            parse_mix(bad)
+
+
+def test_question_agnostic_contexts_are_compressed_before_the_question(tiny):
+    data = replace(BUILT_IN, regime="agnostic")
+    found = planner.plan(*tiny, "1/4", quick=True, context_tokens=320, name="tiny", quiet=True, data=data, trials=1)
+    longest = max(
+        len(sample.prompt) + len(sample.continuation)
+        for context in make_splits(tiny[1], {"search": 3}, 320, 0, data)["search"].contexts
+        for sample in context.samples
+    )
+    assert found.decode.reserve_tokens >= longest
+    assert found.calibration.data["regime"] == "agnostic"
+
+
+def test_self_generated_targets_are_what_the_full_cache_writes(tiny):
+    data = replace(BUILT_IN, target="self")
+    found = planner.plan(*tiny, "1/4", quick=True, context_tokens=320, name="tiny", quiet=True, data=data, trials=1)
+    assert all(kind["exact"] == 1.0 for kind in found.calibration.by_kind["full"].values())
+    assert found.calibration.samples["search"]["unanswerable_share"] == 0.0
+
+
+def test_two_processes_with_one_storage_share_the_trials(tiny, tmp_path):
+    storage = str(tmp_path / "optuna.log")
+    settings = {"quick": True, "context_tokens": 320, "name": "tiny", "quiet": True, "storage": storage}
+    first = planner.plan(*tiny, "1/8", **settings)
+    second = planner.plan(*tiny, "1/8", **settings)  # joins a study that has its trials already
+    assert first.calibration.search["optuna"] == second.calibration.search["optuna"]
