@@ -51,6 +51,10 @@ class CacheError(QpkvError):
     """The cache cannot do what was asked: append to a full reserve under `then: stop`, or crop packed tokens."""
 
 
+class BackendError(QpkvError):
+    """The kernels cannot run here, or do not cover this format or shape; the reference backend does."""
+
+
 def run_command(program: str, main: Callable[[], int]) -> int:
     """Run a command's `main` and return the process's exit status.
 

@@ -1,4 +1,4 @@
-"""The decode side of a packed layer, on the PyTorch reference path: read segments, attend over them, append.
+"""The decode side of a packed layer: read segments, attend over them, append; `backend.py` says by which code.
 
 Every read goes by the block's own table (row, head, segment) -> (offset, tokens held). Dequantized tokens are scratch
 of one layer's attention call and die with it. Token order inside a layer does not matter to attention, so tiers are
@@ -14,6 +14,7 @@ from torch import Tensor
 
 from qpkv_kernels import packing
 from qpkv_kernels.attention import attend
+from qpkv_runtime.backend import block_layout, unsupported, use_kernels
 from qpkv_runtime.compression import (
     STORAGE_DTYPES,
     HeadVectors,
@@ -123,6 +124,8 @@ class PackedLayer:
         row's prompt length -> [B, H, T, D]. A new token is attended to as it is stored, so T tokens at once see what
         T single steps would: with a reserve of R, the query of appended token i sees appended tokens above i - R.
         """
+        if use_kernels(query.device):
+            return self._attend_with_kernels(query, key, value, num_appended, prompt_tokens, scaling, softcap)
         layout, device, num_new = self.layout, query.device, query.shape[2]
         window = self.plan.model.shape.sliding_windows[layout.layer]
         reserve_tokens = self.plan.decode.reserve_tokens
@@ -166,6 +169,34 @@ class PackedLayer:
         )
         self._append(new_keys, new_values, num_appended, prompt_tokens)
         return out
+
+    def _attend_with_kernels(
+        self,
+        query: Tensor,
+        key: Tensor,
+        value: Tensor,
+        num_appended: int,
+        prompt_tokens: Sequence[int],
+        scaling: float,
+        softcap: float | None,
+    ) -> Tensor:
+        """`attend`, token by token: each is appended and then attends to all that is held, itself included."""
+        from qpkv_kernels import decode as kernels
+
+        layer, model = self.layout.layer, self.plan.model
+        layout = block_layout(layer, self.plan.holdings(layer), model.shape, self.storage_dtype, self.block.device)
+        vectors = read_vectors(self.block, self.layout, self.num_heads, self.head_size, self.storage_dtype)
+        prompt, out = torch.tensor(list(prompt_tokens), dtype=torch.int32, device=query.device), []
+        for i in range(query.shape[2]):
+            new_key = self._encode_new("key", key[:, :, i : i + 1], vectors)
+            new_value = self._encode_new("value", value[:, :, i : i + 1], vectors)
+            self._append(new_key, new_value, num_appended + i, prompt_tokens)
+            step = query[:, :, i].contiguous()
+            try:
+                out.append(kernels.attend(step, self.block, layout, prompt + (num_appended + i), scaling, softcap))
+            except kernels.UnsupportedByKernelsError as error:
+                raise unsupported(layer, self.plan.holdings(layer), error) from None
+        return torch.stack(out, 2)
 
     def _encode_new(self, side: str, x: Tensor, vectors: HeadVectors) -> Encoded:
         valid = torch.ones(x.shape[:3], dtype=torch.bool, device=x.device)

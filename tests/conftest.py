@@ -2,11 +2,15 @@
 
 from __future__ import annotations
 
+import os
 import random
 from importlib import metadata
 
 import pytest
 import torch
+
+if not torch.cuda.is_available():
+    os.environ["TRITON_INTERPRET"] = "1"  # read when a module with kernels is imported
 from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedModel
 
 import qpkv_runtime.attention  # noqa: F401  (registers the attention function "qpkv")

@@ -1,0 +1,181 @@
+"""What the kernels compile to, without a GPU: registers, spills, shared memory, instructions per byte.
+
+    python -m qpkv_kernels.resources --arch 80 90 100      one JSON line for each kernel and architecture
+
+Triton compiles for any NVIDIA architecture wherever it is installed; the numbers are read from the machine code with
+the cuobjdump and nvdisasm that it brings. Instructions per byte are those of the longest loop, times all lanes of a
+program, over the bytes of keys and values that one pass reads.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import re
+import subprocess
+import tempfile
+from pathlib import Path
+from typing import Any
+
+import torch
+import triton
+from triton.backends.compiler import GPUTarget
+from triton.compiler import ASTSource
+
+from qpkv_kernels import decode
+from qpkv_kernels.decode import BlockLayout, Launch, Segment, Side
+
+TOOLS = Path(triton.__file__).parent / "backends" / "nvidia" / "bin"
+POINTERS = {
+    "TRANSFORMED": "*fp32", "BIAS": "*fp32", "BLOCK": "*u8", "PLACES": "*i32", "WORK": "*i32", "POSITION": "*i32",
+    "ACC": "*fp32", "STATE": "*fp32",
+}  # fmt: skip
+SCALARS = {
+    "block_stride": "i64", "num_runs": "i32", "scaling": "fp32", "softcap": "fp32", "window": "i32", "vectors": "i32",
+}  # fmt: skip
+
+
+def side(name: str) -> Side:
+    """ "16bit", or a scheme and bits: "channel4", "token2", "rotated4"."""
+    if name == "16bit":
+        return Side(16, "none")
+    scheme, bits = name[:-1], int(name[-1])
+    return Side(bits, scheme, 0 if scheme == "rotated" else 64)  # type: ignore[arg-type]
+
+
+def make_layout(keys: str, values: str, head_size: int, dtype: torch.dtype) -> BlockLayout:
+    """A tier of 8 KV heads in the given format, and a reserve of rotated 4-bit codes in the same launch."""
+    tier = Segment(side(keys), side(values), 512)
+    reserve = Segment(side("rotated4"), side("rotated4"), 64)
+    places = torch.zeros(8, 2, 6, dtype=torch.int32)
+    return BlockLayout((tier, reserve), 8, head_size, places, 0, 2, None, dtype)
+
+
+def compile_decode(
+    keys: str, values: str, arch: int, head_size: int = 128, dtype: torch.dtype = torch.float16, gqa: int = 4,
+    launch: Launch | None = None, with_reserve: bool = True,
+) -> tuple[Any, int]:  # fmt: skip
+    """(the compiled `_decode`, bytes of keys and values in a tile of the tier). Needs TRITON_INTERPRET unset."""
+    layout = make_layout(keys, values, head_size, dtype)
+    if not with_reserve:
+        layout = BlockLayout(layout.segments[:1], 8, head_size, layout.places[:, :1], 0, 2, None, dtype)
+    launch = launch or decode.default_launch(layout, arch)
+    constants = {**decode.constants(layout, dtype, gqa, launch, is_interpreted=False), "SOFTCAP": False}
+    query = {torch.float16: "*fp16", torch.bfloat16: "*bf16"}[dtype]
+    compiled = _compile(decode._decode, {"QUERY": query, **POINTERS}, constants, arch, launch)
+    tile = constants["SEGMENTS"][0][3]
+    tier = layout.segments[0]
+    return compiled, tile * head_size * (tier.keys.bits + tier.values.bits) // 8
+
+
+def compile_merge(arch: int) -> Any:
+    constants = {
+        "ROTATED": 2, "TILE_GROUPS": 1, "ROWS": 16, "GQA": 4, "D": 128, "D_PADDED": 128, "D_BLOCK": 128, "RUNS": 16,
+    }  # fmt: skip
+    return _compile(decode._merge, {**POINTERS, "OUT": "*fp16"}, constants, arch, Launch())
+
+
+def compile_transform(arch: int) -> Any:
+    constants = {
+        "VECTORS": (0, 1), "STORED_VECTORS": 2, "ROTATED": True, "HEADS": 8, "GQA": 4, "D": 128, "D_PADDED": 128,
+        "D_BLOCK": 128, "NUMBER": decode.TRITON_DTYPES[torch.float16],
+    }  # fmt: skip
+    return _compile(decode._transform_query, {"QUERY": "*fp16", **POINTERS}, constants, arch, Launch())
+
+
+def _compile(kernel: Any, pointers: dict[str, str], constants: dict[str, Any], arch: int, launch: Launch) -> Any:
+    types = {**pointers, **SCALARS, **dict.fromkeys(constants, "constexpr")}
+    names = kernel.arg_names
+    signature = {name: types[name] for name in names}
+    is_aligned = [name for name in names if signature[name].startswith("*") or name == "block_stride"]
+    source = ASTSource(
+        fn=kernel,
+        signature=signature,
+        constexprs={(names.index(name),): value for name, value in constants.items()},
+        attrs={(names.index(name),): [["tt.divisibility", 16]] for name in is_aligned},
+    )
+    options = {"num_warps": launch.num_warps, "num_stages": launch.num_stages}
+    return triton.compile(source, target=GPUTarget("cuda", arch, 32), options=options)
+
+
+def resources(compiled: Any) -> dict[str, int]:
+    """registers per thread, bytes of local memory (spills) and stack per thread, bytes of shared memory."""
+    with tempfile.NamedTemporaryFile(suffix=".cubin") as file:
+        file.write(compiled.asm["cubin"])
+        file.flush()
+        text = _run("cuobjdump", "-res-usage", file.name)
+    found = re.search(r"REG:(\d+) STACK:(\d+) SHARED:\d+ LOCAL:(\d+)", text)
+    assert found is not None, text
+    registers, stack, local = map(int, found.groups())
+    return {
+        "registers": registers,
+        "stack_bytes": stack,
+        "spill_bytes": local,
+        "shared_bytes": compiled.metadata.shared,
+    }
+
+
+def loop_instructions(compiled: Any) -> int:
+    """Machine instructions in the body of the longest loop."""
+    with tempfile.NamedTemporaryFile(suffix=".cubin") as file:
+        file.write(compiled.asm["cubin"])
+        file.flush()
+        lines = _run("nvdisasm", "-c", file.name).splitlines()
+    count, labels, longest = 0, {}, 0
+    for line in lines:
+        if label := re.match(r"(\.L_x_\d+):", line.strip()):
+            labels[label[1]] = count
+        elif re.search(r"/\*[0-9a-f]{4,}\*/", line):
+            count += 1
+            if (branch := re.search(r"BRA.*`\((\.L_x_\d+)\)", line)) and branch[1] in labels:
+                longest = max(longest, count - labels[branch[1]])
+    return longest
+
+
+def tiles_through_shared_memory(compiled: Any) -> list[str]:
+    """Stores to shared memory of unpacked codes, in TTGIR: two-dimensional float16 tiles other than weights and query.
+
+    A tile that the pipeline copies is a word (i16); what is stored as f16 and is larger than the padded rows is not.
+    """
+    stores = re.findall(r"ttg\.local_(?:alloc|store) .*?tensor<(\d+)x(\d+)xf16", compiled.asm["ttgir"])
+    return [f"{rows}x{columns}" for rows, columns in stores if min(int(rows), int(columns)) > 16]
+
+
+def _run(tool: str, *arguments: str) -> str:
+    done = subprocess.run([TOOLS / tool, *arguments], capture_output=True, text=True, check=True)
+    return done.stdout + done.stderr
+
+
+ORDINARY = (("16bit", "16bit", 128), ("rotated4", "rotated4", 128), ("channel4", "token4", 128))
+OTHERS = (
+    ("channel8", "token8", 128),
+    ("token4", "token4", 64),
+    ("channel2", "token2", 128),
+    ("rotated4", "rotated2", 64),
+    ("rotated3", "rotated3", 64),
+    ("channel1", "token1", 128),
+    ("token4", "token4", 96),
+    ("rotated4", "rotated4", 256),
+)
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
+    parser.add_argument("--arch", type=int, nargs="+", default=[80, 90, 100], help="80 is sm_80")
+    parser.add_argument("--all", action="store_true", help="formats and head sizes that are built the same way, too")
+    arguments = parser.parse_args()
+    for arch in arguments.arch:
+        for keys, values, head_size in ORDINARY + (OTHERS if arguments.all else ()):
+            row: dict[str, Any] = {"kernel": "decode", "keys": keys, "values": values, "head_size": head_size}
+            compiled, tile_bytes = compile_decode(keys, values, arch, head_size, with_reserve=arguments.all)
+            row |= {"arch": arch, **resources(compiled), "unpacked_tiles": tiles_through_shared_memory(compiled)}
+            if not arguments.all:
+                lanes = 32 * compiled.metadata.num_warps
+                row["instructions_per_byte"] = round(lanes * loop_instructions(compiled) / tile_bytes, 2)
+            print(json.dumps(row), flush=True)
+        for name, make in (("merge", compile_merge), ("transform_query", compile_transform)):
+            print(json.dumps({"kernel": name, "arch": arch, **resources(make(arch))}), flush=True)
+
+
+if __name__ == "__main__":
+    main()
