@@ -24,7 +24,7 @@ from pathlib import Path
 import torch
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-from qpkv_planner.allocation import Choice, Space, format_named, uniform
+from qpkv_planner.allocation import Choice, Space, uniform
 from qpkv_planner.calibration import make_split
 from qpkv_planner.measurement import Evaluator, interval
 from qpkv_planner.planner import describe
@@ -51,9 +51,10 @@ BIT_FORMATS = (
     "rotated-k3v2",
     "kivi-k3v2",
 )
+BATCH = 6  # prompts of the ladder at a time
 LADDER_BUDGETS = ("1/3", "1/6")
-RESTS = ("mikv-k4v4", "mikv-k3v3", "mikv-k2v2", "flexgen-k2v2", "rotated-k2v2")
-UNIFORM = ("flexgen-k4v4", "flexgen-k3v3", "flexgen-k2v2", "rotated-k2v2")
+RESTS = ("mikv-k4v4", "mikv-k3v3", "mikv-k2v2", "flexgen-k4v4", "flexgen-k2v2")  # mikv is flexgen with its balancer
+UNIFORM = ("flexgen-k4v4", "flexgen-k2v2", "rotated-k2v2")
 ADJECTIVES = (
     "dusty eager famous frozen giant happy hidden hollow brave quiet silver golden ancient gentle bitter clever"
 )
@@ -69,7 +70,7 @@ def main() -> int:
     parser.add_argument("--formats", nargs="+", help="bits: only these")
     parser.add_argument("--output", type=Path)
     arguments = parser.parse_args()
-    started = time.monotonic()
+    started, commit = time.monotonic(), _commit()
     model, tokenizer = load_model(arguments.model)
     measure = bits if arguments.command == "bits" else ladder
     rows = measure(model, tokenizer, arguments)
@@ -80,7 +81,7 @@ def main() -> int:
         "cpu": platform.processor() or platform.machine(),
         "threads": str(torch.get_num_threads()),
         "torch": torch.__version__,
-        "commit": _commit(),
+        "commit": commit,
         "seconds": f"{time.monotonic() - started:.0f}",
     }
     path = arguments.output or RESULTS / f"{arguments.command}_{arguments.model}.csv"
@@ -177,7 +178,6 @@ def two_tiers(space: Space, rest: str) -> list[Choice] | None:
 
 
 def _space(section: Model, budget: str, length: int, scorer: str, reserve: str) -> Space:
-    format_named(reserve)
     decode = Decode(reserve_tokens=64, format=reserve)
     return Space(section, budget, length, Scorer.model_validate({"name": scorer}), 4, 16, decode)
 
@@ -222,8 +222,8 @@ def _answer(
     """Per prompt: nats per token of the answer, and whether each of its tokens is the most likely one."""
     plan = space.probe((allocation * space.shape.num_layers)[: space.shape.num_layers])
     nats, exact = [], []
-    for start in range(0, len(lines), 4):
-        batch = lines[start : start + 4]
+    for start in range(0, len(lines), BATCH):
+        batch = lines[start : start + BATCH]
         cache = PlannedCache.from_plan(plan, model)
         model(torch.tensor([prompt for prompt, _, _ in batch]), past_key_values=cache, logits_to_keep=1)
         fed = [after + answer for _, after, answer in batch]
