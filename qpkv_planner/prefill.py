@@ -207,6 +207,13 @@ class ContextRun:
         )
         return query, key, value
 
+    def check_finite(self, storage_dtype: str) -> None:
+        """Raise NumericsError for the first layer and tensor of the context that cannot be stored."""
+        for layer, recorded in enumerate(self.layers):
+            assert recorded.past is not None
+            for name, x in (("key", recorded.past[1]), ("value", recorded.past[2])):
+                to_storage(storage_dtype, layer, name, x)
+
     def num_prompt_tokens(self, row: int) -> int:
         """What is compressed: the prompt without its last token; the context alone where no question is known."""
         own = len(self.samples[row].prompt) - 1 if self.regime == "aware" else 0
@@ -252,6 +259,7 @@ def prepare(
         for row, sample in enumerate(run.samples):
             loss = -run.logprobs[row].gather(1, torch.tensor(sample.continuation, device=model.device)[:, None]).mean()
             if not bool(loss.isfinite()):
+                run.check_finite(storage_dtype)
                 raise NumericsError(f"the model's output must be finite, but its loss on a {sample.kind} sample is NaN")
             if sample.needle is not None and split.target == "gold" and float(loss) > ANSWERABLE_NATS:
                 unanswerable[sample.kind] = unanswerable.get(sample.kind, 0) + 1

@@ -273,12 +273,20 @@ def test_crop_other_attention_and_other_shapes_give_clear_errors():
         PlannedCache.from_plan(plan, make_model("llama", num_key_value_heads=4))
 
 
-def test_nan_in_the_model_names_layer_and_tensor():
+@pytest.mark.parametrize("bad", [float("nan"), float("inf")])
+@pytest.mark.parametrize(("projection", "tensor"), [("k_proj", "key"), ("v_proj", "value")])
+@pytest.mark.parametrize("is_prefilled", [False, True])
+def test_nan_or_inf_in_the_model_names_layer_and_tensor(bad, projection, tensor, is_prefilled):
+    """In the prompt, and in a token that decode appends. Under a scorer that reads neither."""
     model = make_model("llama")
+    plan = random_plan(model, 0, scorer=Scorer(name="streamingllm"))
+    cache = PlannedCache.from_plan(plan, model)
     with torch.no_grad():
-        model.get_decoder().layers[1].self_attn.v_proj.weight[0, 0] = float("nan")
-    with pytest.raises(NumericsError, match="layer 1: value"):
-        model(prompts(), past_key_values=PlannedCache.from_plan(random_plan(model, 0), model))
+        if is_prefilled:
+            model(prompts(), past_key_values=cache)
+        getattr(model.get_decoder().layers[1].self_attn, projection).weight[0, 0] = bad
+        with pytest.raises(NumericsError, match=f"layer 1: {tensor} must be finite"):
+            model(prompts(2, 1 if is_prefilled else 70), past_key_values=cache)
 
 
 @pytest.mark.parametrize("family", SLIDING)

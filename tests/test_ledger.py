@@ -22,7 +22,7 @@ from qpkv_kernels import packing
 from qpkv_planner.allocation import Choice, format_named, uniform
 from qpkv_runtime.arena import Arena
 from qpkv_runtime.cache import PlannedCache
-from qpkv_runtime.compression import TierTensors, encode, write_block
+from qpkv_runtime.compression import TierTensors, encode, read_vectors, write_block
 from qpkv_runtime.errors import PlanError
 from qpkv_runtime.ledger import (
     BUFFER_ALIGNMENT,
@@ -51,14 +51,18 @@ def make_shape(heads: int, head_size: int, windows: tuple[int | None, ...], grou
     return ModelShape("llama", len(windows), heads * groups, heads, head_size, 4096, windows)
 
 
-def tensor_format(quantizer: str, bits: int, group: int | None = None) -> TensorFormat:
-    group = group if QUANTIZERS[quantizer].group is not None else None
-    return TensorFormat.model_validate({"quantizer": quantizer, "bits": bits, "group": group})
+def tensor_format(quantizer: str, bits: int, group: int | None = None, outliers: float | None = None) -> TensorFormat:
+    """Group and outliers where the quantizer takes them."""
+    facts, given = QUANTIZERS[quantizer], {"quantizer": quantizer, "bits": bits}
+    given |= {"group": group} if facts.group is not None else {}
+    given |= {"outliers": outliers} if facts.outliers is not None else {}
+    return TensorFormat.model_validate(given)
 
 
+shares = st.sampled_from([None, 0.001, 0.01, 0.3])
 tensor_formats = st.one_of(
     [
-        st.builds(tensor_format, st.just(name), st.sampled_from(facts.bits), st.sampled_from(GROUPS))
+        st.builds(tensor_format, st.just(name), st.sampled_from(facts.bits), st.sampled_from(GROUPS), shares)
         for name, facts in QUANTIZERS.items()
     ]
 )
@@ -407,6 +411,28 @@ def test_one_tier_cut_into_two_of_the_same_format_holds_the_same_tokens():
         assert sets[0] == sets[1]
 
 
+def test_mikv_keeps_every_token_and_its_important_ones_exactly():
+    """Two tiers as large as the context: nothing is evicted, and sinks and window are read back as they were."""
+    model = make_model("llama")
+    plan = with_tiers(tiered_plan(model), ((8, "16bit"), (52, "mikv-k2v2")))
+    lossless = with_tiers(plan, ((60, "16bit"),))
+    caches = [PlannedCache.from_plan(one, model) for one in (plan, lossless)]
+    with torch.no_grad():
+        for packed in caches:
+            model(prompts(1, 60), past_key_values=packed)
+    assert caches[0].tokens_held() == [[8, 52, 0]] * plan.model.num_layers
+    packed = caches[0].layers[0].packed()
+    vectors = read_vectors(packed.block, packed.layout, plan.model.num_kv_heads, plan.model.head_size, torch.float16)
+    important, rest = (packed.read(tier, packed.table()[:, :, tier], vectors) for tier in (0, 1))
+    exact = read_tier(caches[1].layers[0].packed(), 0)
+    kept = [0, 1, 54, 55, 56, 57, 58, 59]
+    for side in range(2):
+        assert torch.equal(important[side], exact[side][:, :, kept])
+        others = exact[side][:, :, 2:54]
+        noise = ((rest[side] - others).square().sum() / others.square().sum()).item()
+        assert 0.001 < noise < 0.5, "2 bit, of the same tokens in the same order"
+
+
 def read_tier(packed: PackedLayer, tier: int) -> tuple[torch.Tensor, torch.Tensor]:
     keys, values, _ = packed.read(tier, packed.table()[:, :, tier], {})
     return keys, values
@@ -416,7 +442,9 @@ def read_tier(packed: PackedLayer, tier: int) -> tuple[torch.Tensor, torch.Tenso
 @given(seed=st.integers(0, 10**6))
 def test_random_tiers_live_in_exactly_the_planned_bytes(seed: int):
     chance = random.Random(seed)
-    names = [f"{q}-k{k}v{v}" for q in ("flexgen", "kivi", "rotated") for k, v in ((8, 3), (4, 4), (2, 16), (16, 2))]
+    low_bit = [name for name in QUANTIZERS if name != "16bit"]
+    names = [f"{q}-k{k}v{v}" for q in low_bit for k, v in ((8, 3), (4, 1), (1, 4), (2, 16), (16, 2))]
+    names += ["kivi-k2g32v2g16o0.01", "flexgen-k4g8v3o0.05", "hqq-k3g128v2"]
     tiers = tuple((chance.randint(1, 20), chance.choice(["16bit", *names])) for _ in range(chance.randint(1, 4)))
     tiers = ((8, "16bit"), *tiers)
     model = model_of_one_layer()

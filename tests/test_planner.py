@@ -214,7 +214,16 @@ def test_nan_in_the_model_ends_the_measurement(search_split):
     model, _ = load_model("tiny", dtype="float32")
     with torch.no_grad():
         model.get_decoder().norm.weight[0] = float("nan")
-    with pytest.raises(NumericsError, match="NaN"):
+    with pytest.raises(NumericsError, match=r"its loss on a .* sample is NaN"):
+        prepare(model, model_shape(model), "float16", search_split, [], 3, lambda: None)
+
+
+@pytest.mark.parametrize(("projection", "tensor"), [("k_proj", "key"), ("v_proj", "value")])
+def test_nan_in_what_is_to_be_quantized_names_layer_and_tensor(search_split, projection, tensor):
+    model, _ = load_model("tiny", dtype="float32")
+    with torch.no_grad():
+        getattr(model.get_decoder().layers[2].self_attn, projection).weight[0, 0] = float("nan")
+    with pytest.raises(NumericsError, match=f"layer 2: {tensor} must be finite to be stored, but has NaN or Inf"):
         prepare(model, model_shape(model), "float16", search_split, [], 3, lambda: None)
 
 

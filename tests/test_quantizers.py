@@ -15,6 +15,8 @@ from functools import cache
 import pytest
 import torch
 from conftest import make_model, make_space, prompts
+from hypothesis import given, settings
+from hypothesis import strategies as st
 from torch import Tensor
 
 from qpkv_kernels.hadamard import hadamard
@@ -429,6 +431,37 @@ def test_decoding_is_float32_under_autocast():
         got = write("value", format, x).decoded
     assert got.dtype == torch.float32
     assert torch.equal(got, expected)
+
+
+@settings(max_examples=60, deadline=None)
+@given(
+    case=st.sampled_from(LOW_BIT),
+    group=st.sampled_from([None, 2, 16, 32, 64, 128]),
+    shape=st.tuples(st.integers(1, 2), st.integers(1, 3), st.integers(1, 70), st.sampled_from([2, 6, 64, 80, 96])),
+    num_valid=st.integers(0, 70),
+    scale=st.sampled_from([2.0**-10, 1.0, 100.0]),
+    seed=st.integers(0, 1000),
+)
+def test_any_shape_width_and_group_reads_back_near_what_was_written(case, group, shape, num_valid, scale, seed):
+    """Codes that are stable, half a step at most from what was written, and finite where a head holds nothing."""
+    side, name, bits = case
+    format = tensor_format(name, bits, group if QUANTIZERS[name].group is not None else None)
+    x = (gaussian(*shape, seed=seed).float() * scale).half()
+    valid = torch.ones(shape[:3], dtype=torch.bool)
+    valid[0, 0, num_valid:] = False
+    x = x.masked_fill(~valid[..., None], 0)
+    written = write(side, format, x, valid)
+    assert bool(written.decoded.isfinite().all()) and bool(written.encoded.scales.isfinite().all())
+    assert int(written.encoded.codes.max()) < 2**bits
+    again = SIDES[side][name].codes(written.decoded, written.encoded.scales, format, written.vectors)
+    has_code = valid[..., None].expand(x.shape).clone()
+    if written.encoded.places is not None:
+        marks = torch.zeros(*shape[:2], shape[2] * shape[3] + 1, dtype=torch.bool)
+        has_code &= ~marks.scatter_(2, written.encoded.places, True)[..., :-1].view(x.shape)
+    assert torch.equal(written.encoded.codes[has_code], again[has_code])
+    if valid.any() and name in ("flexgen", "kivi", "kvquant"):
+        spread = float(x.max() - x.min())  # half of a step, which is at most the range of all
+        assert float((written.decoded - x.float())[valid].abs().max()) <= 0.51 * spread / (2**bits - 1) + 2**-20
 
 
 # --- outliers ------------------------------------------------------------------------------------------------------
