@@ -21,16 +21,16 @@ import torch
 
 from qpkv_planner.allocation import Space, allocation_of
 from qpkv_planner.calibration import make_split
-from qpkv_planner.grid import FORMATS, QUICK_FORMATS, make_grid
+from qpkv_planner.grid import FORMATS, QUICK_FORMATS, make_grid, scorer_named
 from qpkv_planner.measurement import Evaluator, Losses, interval
 from qpkv_planner.planner import describe
 from qpkv_planner.prefill import prepare
 from qpkv_runtime.compression import Scoring
 from qpkv_runtime.models import load_model
 from qpkv_runtime.overview import table
-from qpkv_runtime.plan import Decode, Scorer, load_plan
+from qpkv_runtime.plan import Decode, load_plan
 
-KINDS = ("number", "word", "place", "text")
+KINDS = ("number", "word", "place", "line", "chain", "text")
 RESULTS = Path(__file__).parent / "results"
 
 
@@ -41,7 +41,12 @@ def main() -> int:
     parser.add_argument("--budgets", nargs="+", default=["1/16", "1/64"])
     parser.add_argument("--contexts", type=int, default=24)
     parser.add_argument("--plans", nargs="*", type=Path, default=[], help="plans for the same model to add as rows")
-    parser.add_argument("--scorers", nargs="+", default=["snapkv", "knorm", "streamingllm"], help="h2o takes long")
+    parser.add_argument(
+        "--scorers",
+        nargs="+",
+        default=["snapkv(queries=16)", "snapkv(kernel=5,pooling=average,queries=16)", "knorm", "streamingllm"],
+        help="with their parameters; h2o takes long",
+    )
     parser.add_argument("--quick", action="store_true")
     parser.add_argument("--output", type=Path, help="default: benchmarks/results/uniform_grid_<model>.csv")
     arguments = parser.parse_args()
@@ -51,13 +56,13 @@ def main() -> int:
     model, tokenizer = load_model(arguments.model)
     split = make_split(tokenizer, "validation", arguments.contexts, arguments.context_length, seed=0)
     section = describe(model, tokenizer, arguments.model, split.contexts[0])
-    scorers = ["snapkv"] if arguments.quick else arguments.scorers
+    scorers = [scorer_named(name) for name in arguments.scorers[: 1 if arguments.quick else None]]
     formats = QUICK_FORMATS if arguments.quick else FORMATS
     plans = [load_plan(path) for path in arguments.plans]
     settings = []
     for budget in arguments.budgets:
         space = Space(
-            section, budget, arguments.context_length, Scorer(name="snapkv"), 4, 16,
+            section, budget, arguments.context_length, scorers[0], 4, 4,
             Decode(reserve_tokens=1, format="rotated-k4v4"),
         )  # fmt: skip
         grid = make_grid(space, scorers, formats, None)
