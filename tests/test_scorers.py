@@ -433,7 +433,8 @@ def test_snapkv_is_shown_only_the_windows_queries():
         for p in (prefill, changed)
     ]
     assert torch.equal(observations[0].importance, observations[1].importance)
-    assert torch.equal(observations[0].query_stats, observations[1].query_stats)
+    moments = [observation.query_stats[:, :, 0] for observation in observations]  # the peaks are over all queries
+    assert torch.equal(*moments)
 
 
 def test_tova_is_the_last_querys_attention_and_the_same_in_all_heads():
@@ -507,7 +508,7 @@ def test_random_takes_every_seed_that_a_plan_may_name():
 
 
 def test_parameters_are_checked_by_name_type_and_range():
-    assert scorer_parameters("snapkv", {}) == {"kernel": 7, "pooling": "max"}
+    assert scorer_parameters("snapkv", {}) == {"queries": 0, "kernel": 7, "pooling": "max"}
     for name, values, message in (
         ("snapkv", {"kernel": 0}, "at least 1"),
         ("snapkv", {"kernel": True}, "type int"),
