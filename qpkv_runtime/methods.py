@@ -91,6 +91,7 @@ class QuantizerFacts:
 _WINDOW_ATTENTION = {
     "queries": Parameter(0, minimum=0),  # the last queries that are looked at; 0: as many as the window keeps
     "kernel": Parameter(7, minimum=1),
+    "lead": Parameter(0, minimum=0),  # tokens by which pooling reaches further back and less far ahead
     "pooling": Parameter("max", choices=("max", "average")),
 }
 

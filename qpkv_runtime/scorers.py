@@ -159,21 +159,25 @@ class SnapKV:
     """Attention received from the window's queries, pooled over neighbours (arXiv 2404.14469).
 
     Differs from the paper where `queries` is not 0: then that many of the last queries are looked at while the window
-    that is kept may be smaller; under small budgets its tokens are the larger part of what a layer holds.
-    Mean over the window and the GQA group; pooled over the tokens before the window, "same" padding.
+    that is kept may be smaller; under small budgets its tokens are the larger part of what a layer holds. And where
+    `lead` is not 0: then pooling reaches that much further back and less far ahead, so that attention to a token also
+    speaks for those that follow it. A question looks at the name that it shares with a fact; the value, which the
+    answer will need, stands behind the name.
+    Mean over the window and the GQA group; pooled over the tokens between the sinks and the window, which stay anyway
+    and would lend their attention to whatever stands beside them; "same" padding.
     """
 
     def score(self, prefill: Prefill, parameters: Mapping[str, ParameterValue]) -> Tensor:
         kernel = int(parameters["kernel"])
+        back = kernel // 2 + int(parameters["lead"])
         received = kv_heads(torch.cat(list(prefill.attention()), 3).mean(3))  # [B, H_kv, T]
         num_before = max(0, received.shape[-1] - prefill.window)
         before, window = received[..., :num_before], received[..., num_before:]
-        if num_before and parameters["pooling"] == "max":
-            before = before.masked_fill(~prefill.is_token[..., :num_before], float("-inf"))
-            before = F.max_pool1d(before, kernel, stride=1, padding=kernel // 2)
-        elif num_before:
-            before = F.avg_pool1d(before, kernel, stride=1, padding=kernel // 2)
-        return torch.cat([before[..., :num_before], window], -1).nan_to_num(neginf=0.0)
+        if num_before:
+            pool, outside = (F.max_pool1d, float("-inf")) if parameters["pooling"] == "max" else (F.avg_pool1d, 0.0)
+            before = before.masked_fill(prefill.positions[..., :num_before] < prefill.sinks, outside)
+            before = pool(F.pad(before, (back, kernel - 1 - back), value=outside), kernel, stride=1)
+        return torch.cat([before, window], -1).nan_to_num(neginf=0.0)
 
 
 class KNorm:

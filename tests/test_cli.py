@@ -677,7 +677,7 @@ def test_show_has_the_policy_and_a_row_for_every_layer(qpkv_show: Command, plan:
     assert values["bytes"] == (
         f"full {budget.full_bytes:,}, limit {budget.limit_bytes:,}, planned {budget.planned_bytes:,} ({share})"
     )
-    assert values["scorer"] == "snapkv (queries 0, kernel 7, pooling max)"
+    assert values["scorer"] == "snapkv (queries 0, kernel 7, lead 0, pooling max)"
     assert values["always kept"] == "2 sinks, 6 window"
     assert values["decode"] == "reserve of 8 tokens in rotated-k4v4, then evict"
     assert (values["calibrated"], values["extrapolated"]) == ("no", "no")
@@ -760,7 +760,7 @@ def test_show_lists_every_method_with_its_metadata(qpkv_show: Command) -> None:
     assert re.search(r"pyramidkv +nothing +beta 20 .+ arXiv 2406.02069", ended.out)
     assert re.search(r"kvquant .+ outliers 0.01 .+ arXiv 2401.18079", ended.out)
     assert re.search(
-        r"snapkv +keys, window queries +queries 0, kernel 7, pooling max \(max or average\) +arXiv 2404.14469",
+        r"snapkv +keys, window queries +queries 0, kernel 7, lead 0, pooling max \(max or average\) +arXiv 2404.14469",
         ended.out,
     )
     data = json.loads(qpkv_show("--methods", "--json").out)

@@ -171,7 +171,7 @@ CASES: list[tuple[str, object, str]] = [
     ("surprise", 1, "surprise: unknown key"),
     ("model.surprise", 1, "model.surprise: unknown key"),
     ("layers.2.surprise", 1, "layers.2.surprise: unknown key"),
-    ("scorer.surprise", 1, "scorer.surprise is not a parameter of snapkv, which has: queries, kernel, pooling"),
+    ("scorer.surprise", 1, "scorer.surprise is not a parameter of snapkv, which has: queries, kernel, lead, pooling"),
     ("budget", DELETE, "budget: missing"),
     ("budget.requested", DELETE, "budget.requested: missing"),
     ("scorer.name", DELETE, "scorer.name: missing"),

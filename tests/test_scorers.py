@@ -107,11 +107,11 @@ def naive_probabilities(prefill: Prefill, row: int, head: int) -> list[list[floa
     return table
 
 
-def naive_pool(x: list[float], kernel: int, pooling: str) -> list[float]:
-    """Same padding, the outside absent from a maximum and zero in an average."""
-    reach = kernel // 2
-    around = [x[max(0, i - reach) : i - reach + kernel] for i in range(len(x))]
-    return [max(part) if pooling == "max" else sum(part) / kernel for part in around]
+def naive_pool(x: list[float], num_outside: int, kernel: int, pooling: str, lead: int) -> list[float]:
+    """Same padding; the outside, and the first `num_outside`, absent from a maximum and zero in an average."""
+    back = kernel // 2 + lead
+    around = [x[max(num_outside, i - back) : max(0, i - back + kernel)] for i in range(len(x))]
+    return [max(part, default=0.0) if pooling == "max" else sum(part) / kernel for part in around]
 
 
 def naive_score(name: str, prefill: Prefill, row: int, kv_head: int, parameters: dict[str, Any]) -> list[float]:
@@ -141,7 +141,7 @@ def naive_score(name: str, prefill: Prefill, row: int, kv_head: int, parameters:
     queries = range(num_tokens - window, num_tokens)
     received = [sum(p[i][j] for p in heads for i in queries) / (groups * window) for j in range(num_tokens)]
     before = received[padding : max(padding, num_tokens - prefill.window)]
-    pooled = naive_pool(before, parameters["kernel"], parameters["pooling"])
+    pooled = naive_pool(before, prefill.sinks, parameters["kernel"], parameters["pooling"], parameters["lead"])
     return [*([0.0] * padding), *pooled, *received[padding + len(pooled) :]]
 
 
@@ -395,12 +395,11 @@ def test_h2o_in_chunks_of_queries_is_h2o_at_once(tokens):
 @over_cases
 def test_snapkv_pools_with_any_kernel(pooling, kernel, case):
     """Even kernels, and kernels wider than the prompt; padded rows too. An even kernel reaches one token further back
-    than forward."""
+    than forward, a lead so many more."""
     prefill = make_prefill(case, 19, [0, 4])
-    error = relative_error(
-        score("snapkv", prefill, kernel=kernel, pooling=pooling), prefill, "snapkv", kernel=kernel, pooling=pooling
-    )
-    assert error < 2e-6
+    for lead in (0, 1, 5):
+        parameters = {"kernel": kernel, "pooling": pooling, "lead": lead}
+        assert relative_error(score("snapkv", prefill, **parameters), prefill, "snapkv", **parameters) < 2e-6
 
 
 @pytest.mark.parametrize("tokens", [1, 3, WINDOW, WINDOW + 1, WINDOW + 2])
@@ -421,6 +420,24 @@ def test_snapkv_pooling_takes_nothing_from_the_window():
     prefill.key[:, :, 15] = prefill.query[:, :, 15] * 5
     got = score("snapkv", prefill, kernel=7)
     assert got[..., 15].min() > 0.9 and got[..., :15].max() < 0.1
+
+
+def test_snapkv_lead_favours_what_follows_an_attended_token():
+    prefill = make_prefill(CASES["mha"], 30)
+    prefill.query[:, :, 25:] = prefill.query[:, :, 25:26]
+    prefill.key[:, :, 12] = prefill.query[:, :, 25] * 5
+    got = score("snapkv", prefill, kernel=5, lead=2, pooling="average")
+    assert got[..., 12:17].min() > 10 * got[..., [11, 17]].max()
+
+
+@pytest.mark.parametrize("pooling", ["max", "average"])
+def test_snapkv_pooling_takes_nothing_from_the_sinks(pooling):
+    """They draw most attention and stay anyway: the tokens beside them must not profit."""
+    prefill = replace(make_prefill(CASES["mha"], 30), sinks=2)
+    prefill.query[:, :, 25:] = prefill.query[:, :, 25:26]
+    prefill.key[:, :, 1] = prefill.query[:, :, 25] * 5
+    got = score("snapkv", prefill, kernel=7, pooling=pooling)
+    assert got[..., 2:25].max() < 0.1
 
 
 def test_snapkv_is_shown_only_the_windows_queries():
@@ -508,7 +525,7 @@ def test_random_takes_every_seed_that_a_plan_may_name():
 
 
 def test_parameters_are_checked_by_name_type_and_range():
-    assert scorer_parameters("snapkv", {}) == {"queries": 0, "kernel": 7, "pooling": "max"}
+    assert scorer_parameters("snapkv", {}) == {"queries": 0, "kernel": 7, "lead": 0, "pooling": "max"}
     for name, values, message in (
         ("snapkv", {"kernel": 0}, "at least 1"),
         ("snapkv", {"kernel": True}, "type int"),
