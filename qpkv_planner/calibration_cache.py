@@ -22,6 +22,7 @@ from transformers import PreTrainedModel
 
 from qpkv_planner.calibration import Split
 from qpkv_planner.prefill import Prepared, PreparedLayer, Scored, prepare
+from qpkv_runtime.cache import runs_on
 from qpkv_runtime.compression import Scoring
 from qpkv_runtime.errors import InputError
 from qpkv_runtime.plan import Model
@@ -45,7 +46,7 @@ def load_or_prepare(
         return fresh()
     path = folder / f"{split.name}-{_key(section, split, scorings, num_parts)}.safetensors"
     if path.exists():
-        return _load(path, scorings, model.device)
+        return _load(path, scorings, runs_on(model))
     prepared = fresh()
     try:
         folder.mkdir(parents=True, exist_ok=True)

@@ -17,6 +17,7 @@ from xml.etree import ElementTree
 from qpkv_planner.cli import write_whole
 from qpkv_runtime.cli import CommandParser
 from qpkv_runtime.errors import InputError, run_command
+from qpkv_runtime.models.options import add_loading_options, loading_options
 from qpkv_runtime.overview import table
 
 if TYPE_CHECKING:
@@ -51,8 +52,8 @@ def parser() -> CommandParser:
     out.add_argument("--update", action="store_true", help="write what is measured now into the plans")
     out.add_argument("--json", action="store_true", help="one JSON object on stdout, with a row per sample")
     out.add_argument("--junit", type=Path, metavar="FILE", help="write a JUnit report, a test case for each plan")
-    out.add_argument("--device", default="auto", help="cpu, cuda or cuda:N (default: cuda when there is one)")
     out.add_argument("--quiet", action="store_true", help="no progress on stderr")
+    add_loading_options(out, "each plan's")
     return out
 
 
@@ -76,7 +77,7 @@ def _main(argv: list[str] | None) -> int:
     checker = Checker(
         files,
         model=args.model,
-        device=args.device,
+        options=loading_options(args),
         max_regression=args.max_regression,
         calibration=args.calibration,
         say=(lambda line: None) if args.quiet else lambda line: print(f"qpkv-check: {line}", file=sys.stderr),

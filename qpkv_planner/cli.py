@@ -16,6 +16,7 @@ from qpkv_runtime.budget import limit_bytes
 from qpkv_runtime.cli import CommandParser
 from qpkv_runtime.errors import EXIT_INTERRUPTED, InputError, run_command
 from qpkv_runtime.methods import SHARINGS
+from qpkv_runtime.models.options import add_loading_options, loading_options
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
@@ -137,10 +138,6 @@ def parser() -> CommandParser:
         "--calibration-cache", type=Path, metavar="DIR", help="keep prefills there, for other searches to reuse"
     )
     out.add_argument(
-        "--dtype", default="auto", help="float32, float16 or bfloat16 (default: what the machine does best)"
-    )
-    out.add_argument("--device", default="auto", help="cpu, cuda or cuda:N (default: cuda when there is one)")
-    out.add_argument(
         "--uniform",
         metavar="SCORER:QUANTIZER:BITS",
         help="no search: every layer alike, such as snapkv:kivi:4bit, snapkv:rotated:k4v2 or (fewer tokens with depth) "
@@ -148,6 +145,7 @@ def parser() -> CommandParser:
     )
     out.add_argument("--output", "-o", type=Path, metavar="FILE", help="write the plan here instead of to stdout")
     out.add_argument("--quiet", action="store_true", help="nothing on stderr but errors")
+    add_loading_options(out)
     return out
 
 
@@ -214,7 +212,7 @@ def _put(arguments: argparse.Namespace, text: str) -> None:
 def _load(arguments: argparse.Namespace) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
     from qpkv_runtime.models import load_model
 
-    return load_model(arguments.model, dtype=arguments.dtype, device=arguments.device)
+    return load_model(arguments.model, **loading_options(arguments))
 
 
 def _settings(arguments: argparse.Namespace) -> dict[str, Any]:

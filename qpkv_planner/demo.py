@@ -27,7 +27,7 @@ from qpkv_planner.measurement import Evaluator, Losses, interval
 from qpkv_planner.planner import plan as make_plan
 from qpkv_planner.prefill import prepare
 from qpkv_planner.progress import Progress
-from qpkv_runtime.cache import PlannedCache
+from qpkv_runtime.cache import PlannedCache, runs_on
 from qpkv_runtime.compression import Scoring
 from qpkv_runtime.errors import run_command
 from qpkv_runtime.models import load_model
@@ -127,7 +127,7 @@ def _row(contestant: Contestant, model: PreTrainedModel, context: Context) -> li
         return [*cells, "", ""]
     cache = PlannedCache.from_plan(plan, model)
     with torch.no_grad():
-        model(torch.tensor([context.tokens], device=model.device), past_key_values=cache, logits_to_keep=1)
+        model(torch.tensor([context.tokens], device=runs_on(model)), past_key_values=cache, logits_to_keep=1)
     return [*cells, f"{cache.allocated_bytes:,}", f"{100 * cache.allocated_bytes / plan.budget.limit_bytes:.2f} %"]
 
 
@@ -137,7 +137,7 @@ def _answers(
     contestants: Sequence[Contestant],
 ) -> None:  # fmt: skip
     """Print the right answer and each contestant's, greedy, its last prompt token fed over the compressed cache."""
-    prompt = torch.tensor([context.tokens + sample.prompt], device=model.device)
+    prompt = torch.tensor([context.tokens + sample.prompt], device=runs_on(model))
     print(f"{_text(tokenizer, sample.prompt)} ...")
     print(f"  {'right':<16}{_text(tokenizer, sample.continuation)}")
     for contestant in contestants:

@@ -25,7 +25,7 @@ from qpkv_planner.allocation import Allocation, Choice, Space
 from qpkv_planner.journal import Journal
 from qpkv_planner.prefill import Prepared
 from qpkv_runtime.attention import Handle
-from qpkv_runtime.cache import PlannedCache, PlannedLayer, layer_devices
+from qpkv_runtime.cache import PlannedCache, PlannedLayer, layer_devices, runs_on
 from qpkv_runtime.compression import Scoring, TierTensors, keep, write_block
 from qpkv_runtime.errors import NumericsError
 from qpkv_runtime.ledger import LayerLedger
@@ -242,7 +242,7 @@ class Evaluator:
 
     def _forward(self, cache: PlannedCache, rows: list[int]) -> Tensor:
         """The inputs of these samples over their compressed prompts, all in one row -> [1, inputs, hidden]."""
-        inputs, device = [self.prepared.inputs[row] for row in rows], self.model.device
+        inputs, device = [self.prepared.inputs[row] for row in rows], runs_on(self.model)
         ids = torch.tensor([[token for sample in inputs for token in sample]], device=device)
         starts = [self.prepared.prompt_tokens[row] for row in rows]
         positions = torch.cat([start + torch.arange(len(sample)) for start, sample in zip(starts, inputs, strict=True)])
@@ -318,6 +318,7 @@ class Evaluator:
         lengths = [len(self.prepared.targets[row]) for row in rows]
         measured = torch.cat([hidden[0, end - length : end] for end, length in zip(ends, lengths, strict=True)])
         logits = cast(nn.Module, self.model.get_output_embeddings())(measured).float()
+        logits = logits.to(self.prepared.full_logprobs.device)
         softcap = getattr(self.model.config.get_text_config(decoder=True), "final_logit_softcapping", None)
         if softcap is not None:
             logits = torch.tanh(logits / softcap) * softcap

@@ -22,7 +22,7 @@ from transformers.cache_utils import Cache, CacheLayerMixin
 from qpkv_kernels.attention import causal_attention
 from qpkv_planner.calibration import CONTINUATION_TOKENS, Context, Regime, Sample, Split, Target
 from qpkv_runtime.attention import Handle
-from qpkv_runtime.cache import layer_parts
+from qpkv_runtime.cache import layer_parts, runs_on
 from qpkv_runtime.compression import Scoring, observe, to_storage
 from qpkv_runtime.errors import InputError, NumericsError
 from qpkv_runtime.models.shape import ModelShape
@@ -149,7 +149,7 @@ class ContextRun:
         layers = [_RecordingLayer(window) for window in shape.sliding_windows]
         cache = Cache(layers=list(layers))
         self.layers, self.context = layers, context
-        device = model.device
+        device = runs_on(model)
         model(torch.tensor([context.tokens], device=device), past_key_values=cache, logits_to_keep=1)
         for layer in layers:
             layer.commit()
@@ -168,7 +168,7 @@ class ContextRun:
     def _branch(self, model: PreTrainedModel, cache: Cache, rows: list[tuple[int, ...]]) -> Tensor:
         """Logits [samples, longest, V] of rows that follow the context; nothing is committed."""
         longest = max(map(len, rows))
-        ids = torch.tensor([row + (0,) * (longest - len(row)) for row in rows], device=model.device)
+        ids = torch.tensor([row + (0,) * (longest - len(row)) for row in rows], device=runs_on(model))
         return cast(Tensor, model(ids, past_key_values=cache).logits)
 
     def _greedy(self, model: PreTrainedModel, cache: Cache, num_tokens: int) -> list[tuple[int, ...]]:
@@ -257,7 +257,9 @@ def prepare(
         run = ContextRun(model, shape, context, parts, split.regime, split.target)
         kept = []
         for row, sample in enumerate(run.samples):
-            loss = -run.logprobs[row].gather(1, torch.tensor(sample.continuation, device=model.device)[:, None]).mean()
+            logprobs_of = run.logprobs[row]
+            expected = torch.tensor(sample.continuation, device=logprobs_of.device)[:, None]
+            loss = -logprobs_of.gather(1, expected).mean()
             if not bool(loss.isfinite()):
                 run.check_finite(storage_dtype)
                 raise NumericsError(f"the model's output must be finite, but its loss on a {sample.kind} sample is NaN")
@@ -307,7 +309,7 @@ def prepare(
             )
             for layer in range(shape.num_layers)
         ),
-        token_rows=_left_pad(token_rows, 0).to(model.device),
+        token_rows=_left_pad(token_rows, 0).to(runs_on(model)),
         prompt_tokens=[len(rows) for rows in token_rows],
         inputs=[
             (*sample.prompt[-1 if split.regime == "aware" else 0 :], *sample.continuation[:-1]) for _, sample in samples

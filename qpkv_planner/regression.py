@@ -11,10 +11,12 @@ Not here: whether a plan is good (the planner says that when it makes one), repo
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass, field, replace
 from importlib.metadata import version
 from pathlib import Path
+from types import MappingProxyType
+from typing import Any
 
 import numpy as np
 import torch
@@ -25,10 +27,11 @@ from qpkv_planner.calibration import Data, Split, make_splits
 from qpkv_planner.grid import setting_named
 from qpkv_planner.measurement import Evaluator, Losses, interval
 from qpkv_planner.prefill import prepare
-from qpkv_runtime.cache import PlannedCache, check_shape
+from qpkv_runtime.cache import PlannedCache, check_shape, runs_on
 from qpkv_runtime.compression import Scoring
 from qpkv_runtime.errors import LedgerError, NumericsError, PlanError
 from qpkv_runtime.models import load_model, model_identity, model_shape
+from qpkv_runtime.models.options import as_planned
 from qpkv_runtime.plan import Comparison, Plan, load_plan
 
 DEFAULT_MAX_REGRESSION = 0.01  # nats
@@ -113,7 +116,7 @@ def measure(
         progress()
     full, *measured = map(_joined, parts)
     first = split.contexts[0]
-    prompt = torch.tensor([first.tokens + first.samples[0].prompt], device=model.device)
+    prompt = torch.tensor([first.tokens + first.samples[0].prompt], device=runs_on(model))
     return Measured(full, tuple(measured), tuple(_arena_bytes(model, plan, prompt) for plan in plans))
 
 
@@ -223,7 +226,7 @@ def record_anew(plan: Plan, loaded: Loaded, split: Split, progress: Callable[[],
 class Checker:
     """Checks plan files; plans of one model and the same samples are measured together, when the first is asked for.
 
-    model: load this one instead of the plans' own. `say` gets a line of progress now and then.
+    model: load this one instead of the plans' own; options: `load_model`'s. `say` gets a line of progress now and then.
     """
 
     def __init__(
@@ -231,16 +234,16 @@ class Checker:
         files: Sequence[str],
         *,
         model: str | None = None,
-        device: str = "auto",
+        options: Mapping[str, Any] = MappingProxyType({}),
         max_regression: float = DEFAULT_MAX_REGRESSION,
         calibration: Path | None = None,
         say: Callable[[str], None] = lambda line: None,
     ) -> None:
-        self.files, self.model, self.device = list(files), model, device
+        self.files, self.model, self.options = list(files), model, options
         self.max_regression, self.calibration, self.say = max_regression, calibration, say
         self._results: dict[str, Result] = {}
         self._plans: dict[str, Plan] = {}
-        self._loaded: tuple[tuple[str, str], Loaded] | None = None
+        self._loaded: tuple[tuple[str, dict[str, Any]], Loaded] | None = None
 
     def result(self, file: str) -> Result:
         """The result of one of the files.
@@ -271,12 +274,13 @@ class Checker:
         return record_anew(plan, loaded, recorded_split(plan, loaded[1], self.calibration))
 
     def load(self, plan: Plan) -> Loaded:
-        """The plan's model in the plan's number type; the last one stays loaded. PlanError for one of another shape."""
-        wanted = (self.model or plan.model.id, plan.model.dtype)
-        if self._loaded is None or self._loaded[0] != wanted:
+        """The plan's model as it was planned; the last one stays loaded. PlanError for one of another shape."""
+        name = self.model or plan.model.id
+        options = as_planned(self.options, plan, name)
+        if self._loaded is None or self._loaded[0] != (name, options):
             self._loaded = None  # before the next one is loaded: two may not fit
-            self.say(f"loading {wanted[0]} in {wanted[1]}")
-            self._loaded = (wanted, load_model(wanted[0], dtype=wanted[1], device=self.device))
+            self.say(f"loading {name} in {options['dtype']}")
+            self._loaded = ((name, options), load_model(name, **options))
         check_shape(plan, model_shape(self._loaded[1][0]))
         return self._loaded[1]
 

@@ -19,7 +19,7 @@ from inspect import signature
 from typing import Any, NoReturn, cast
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 from transformers import PreTrainedModel
 from transformers.cache_utils import Cache, CacheLayerMixin
 
@@ -238,8 +238,15 @@ class PlannedCache(Cache):
 
 
 def layer_devices(model: PreTrainedModel) -> list[torch.device]:
-    """The device of each decoder layer."""
-    return [next(layer.parameters()).device for layer in cast(Any, model.get_decoder()).layers]
+    """The device that each decoder layer computes on."""
+    return [runs_on(layer) for layer in cast(Any, model.get_decoder()).layers]
+
+
+def runs_on(module: nn.Module) -> torch.device:
+    """Where a module computes: where its parameters are or, where accelerate keeps them elsewhere (a device map, main
+    memory, disk), where it brings them."""
+    device = getattr(getattr(module, "_hf_hook", None), "execution_device", None)
+    return next(module.parameters()).device if device is None else torch.device(device)
 
 
 def layer_parts(model: PreTrainedModel) -> list[LayerParts]:

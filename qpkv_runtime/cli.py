@@ -19,6 +19,7 @@ from typing import TYPE_CHECKING, Any, NoReturn, TextIO
 
 import qpkv_runtime
 from qpkv_runtime.errors import InputError, QpkvError, run_command
+from qpkv_runtime.models.options import add_loading_options, as_planned, loading_options
 from qpkv_runtime.overview import methods_overview, methods_text, plan_overview, plan_text
 from qpkv_runtime.plan import Plan, load_plan
 
@@ -112,8 +113,7 @@ def _run_parser() -> CommandParser:
     parser.add_argument("--raw", action="store_true", help="continue the prompt as it is, without a chat template")
     parser.add_argument("--compare-full", action="store_true", help="also answer with the full cache and compare")
     parser.add_argument("--stats", action="store_true", help="bytes, kept tokens, speed and memory, on stderr")
-    parser.add_argument("--dtype", default="auto", help="float32, float16, bfloat16 or auto (default)")
-    parser.add_argument("--device", default="auto", help="cpu, cuda, cuda:N or auto (default)")
+    add_loading_options(parser)
     sampling = parser.add_argument_group("generation, as transformers names it; greedy by default")
     sampling.add_argument("--max-new-tokens", type=int, default=256, metavar="N", help="default 256")
     sampling.add_argument("--do-sample", action="store_true", help="sample; implied by the next three")
@@ -206,7 +206,8 @@ class _Session:
 
         self.plan, self.args, self.name = plan, args, args.model or plan.model.id
         self.sampling = _sampling(args)
-        self.model, self.tokenizer = load_model(self.name, args.dtype, args.device)
+        options = as_planned(loading_options(args), plan, self.name)
+        self.model, self.tokenizer = load_model(self.name, **{**options, "dtype": args.dtype})
         check_shape(plan, model_shape(self.model))
         self.is_raw = args.raw or self.tokenizer.chat_template is None
         if self.is_raw and args.system is not None:

@@ -20,7 +20,7 @@ from torch import Tensor
 from transformers import DynamicCache, LogitsProcessor, PreTrainedModel, PreTrainedTokenizerBase, TextStreamer
 from transformers.generation.streamers import BaseStreamer
 
-from qpkv_runtime.cache import PlannedCache
+from qpkv_runtime.cache import PlannedCache, runs_on
 from qpkv_runtime.errors import InputError, NumericsError
 from qpkv_runtime.ledger import full_bytes
 from qpkv_runtime.models import model_shape
@@ -149,7 +149,8 @@ def generate(
         raise InputError(f"max_new_tokens must be at least 1, got {max_new_tokens}")
 
     cache = DynamicCache(config=model.config) if plan is None else PlannedCache.from_plan(plan, model)
-    ids, watch = input_ids.to(model.device), _Watch(model.device)
+    device = runs_on(model)
+    ids, watch = input_ids.to(device), _Watch(device)
     if sampling.seed is not None:
         torch.manual_seed(sampling.seed)
     sequence = cast(Any, model).generate(

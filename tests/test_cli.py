@@ -108,7 +108,7 @@ def written(plan: Plan, folder: Path) -> Path:
 def qpkv_run(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> Command:
     """Runs the command in this process, each model loaded once."""
     monkeypatch.setattr(
-        models, "load_model", lambda name, dtype="auto", device="auto": _load_model(name, dtype, device)
+        models, "load_model", lambda name, dtype="auto", device="auto", **options: _load_model(name, dtype, device)
     )
 
     def call(*argv: object, stdin: str = "") -> Ended:

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import argparse
+import json
 import os
 import subprocess
 import sys
@@ -11,6 +13,7 @@ from pathlib import Path
 import pytest
 import torch
 from safetensors import safe_open
+from safetensors.torch import load_file
 from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedConfig, PreTrainedModel
 
 from qpkv_runtime.errors import (
@@ -20,6 +23,7 @@ from qpkv_runtime.errors import (
     UnsupportedModelError,
     run_command,
 )
+from qpkv_runtime.generation import generate
 from qpkv_runtime.models import (
     KNOWN_MODELS,
     ModelShape,
@@ -31,7 +35,9 @@ from qpkv_runtime.models import (
     model_identity,
     model_shape,
 )
+from qpkv_runtime.models.options import add_loading_options, as_planned, loading_options
 from qpkv_runtime.models.resolve import SMOLLM2_PACKAGE, SMOLLM2_VERSION, resolve
+from qpkv_runtime.plan import load_plan
 
 ROOT = Path(__file__).resolve().parents[1]
 TINY = ROOT / "models" / "tiny"
@@ -280,17 +286,20 @@ def test_an_incomplete_checkpoint_is_refused(tmp_path: Path) -> None:
 
 def test_a_hub_model_loads_from_the_cache_or_fails_in_one_line(tmp_path: Path) -> None:
     """In a process of its own, because huggingface_hub reads these variables when it is imported."""
-    snapshot = tmp_path / "hub" / "models--owner--cached" / "snapshots" / "0123abc"
+    snapshot = tmp_path / "hub" / "models--owner--cached" / "snapshots" / ("0123456789" * 4)
     snapshot.mkdir(parents=True)
     for file in TINY.iterdir():
         (snapshot / file.name).symlink_to(file)
     (snapshot.parents[1] / "refs").mkdir()
-    (snapshot.parents[1] / "refs" / "main").write_text("0123abc")
+    (snapshot.parents[1] / "refs" / "main").write_text("0123456789" * 4)
+    (snapshot.parents[1] / "refs" / "v1").write_text("abcdef0123" * 4)
+    (snapshot.parent / ("abcdef0123" * 4)).symlink_to(snapshot)
     script = """
 import sys
 from qpkv_runtime.errors import run_command
 from qpkv_runtime.models import load_model
-load_model("owner/cached")
+assert load_model("owner/cached")[0].config._commit_hash == "0123456789" * 4
+assert load_model("owner/cached", revision="v1")[0].config._commit_hash == "abcdef0123" * 4
 sys.exit(run_command("qpkv-run", lambda: len(load_model("mistral-7b"))))
 """
     variables = {
@@ -306,6 +315,68 @@ sys.exit(run_command("qpkv-run", lambda: len(load_model("mistral-7b"))))
     assert progress == ["mistralai/Mistral-7B-Instruct-v0.2 is not in the Hugging Face cache, asking the hub"]
     assert error.startswith("qpkv-run: error: cannot load mistral-7b: ")
     assert "`hf download mistralai/Mistral-7B-Instruct-v0.2`" in error
+
+
+def test_an_offloaded_model_has_the_same_weights_and_answers() -> None:
+    """Some layers in memory, some on disk: what --device-map auto does where a model does not fit."""
+    whole, tokenizer = load_model("tiny", dtype="float32", device="cpu")
+    layers = {f"model.layers.{layer}": "disk" if layer % 2 else "cpu" for layer in range(8)}
+    places = {"model.embed_tokens": "disk", "lm_head": "disk", "model.norm": "cpu", "model.rotary_emb": "cpu", **layers}
+    offloaded, _ = load_model("tiny", dtype="float32", device_map=places)
+    assert {parameter.is_meta for parameter in offloaded.parameters()} == {True, False}
+    assert model_identity(offloaded, tokenizer) == model_identity(whole, tokenizer)
+    plan = load_plan(ROOT / "plans" / "tiny__1-8.yaml")
+    ids = tokenizer("The badge number of Maria is 53124. " * 20, return_tensors="pt").input_ids
+    answers = [generate(model, tokenizer, plan, ids, max_new_tokens=4).tokens for model in (whole, offloaded)]
+    assert answers[0] == answers[1]
+
+
+def test_pickles_are_read_only_when_asked(tmp_path: Path) -> None:
+    for file in ("config.json", "tokenizer.json", "tokenizer_config.json"):
+        (tmp_path / file).symlink_to(TINY / file)
+    torch.save(load_file(TINY / "model.safetensors"), tmp_path / "pytorch_model.bin")
+    with pytest.raises(ModelNotFoundError, match="--allow-pickle"):
+        load_model(str(tmp_path))
+    model, _ = load_model(str(tmp_path), allow_pickle=True)
+    assert model_shape(model) == KNOWN_MODELS["tiny"].shape
+
+
+def test_a_models_own_python_runs_only_when_asked(tmp_path: Path) -> None:
+    for file in TINY.iterdir():
+        (tmp_path / file.name).symlink_to(file)
+    config = json.loads((TINY / "config.json").read_text())
+    (tmp_path / "config.json").unlink()
+    places = {"AutoConfig": "own.OwnConfig", "AutoModelForCausalLM": "own.OwnModel"}
+    (tmp_path / "config.json").write_text(json.dumps({**config, "model_type": "unheard_of", "auto_map": places}))
+    (tmp_path / "own.py").write_text(
+        "from transformers import Qwen3Config, Qwen3ForCausalLM\n"
+        "class OwnConfig(Qwen3Config):\n    def __init__(self, **own):\n        super().__init__(**own)\n"
+        "        self.model_type = 'qwen3'\n"
+        "class OwnModel(Qwen3ForCausalLM):\n    config_class = OwnConfig\n"
+    )
+    with pytest.raises(UnsupportedModelError, match="add --trust-remote-code"):
+        load_model(str(tmp_path))
+    model, _ = load_model(str(tmp_path), trust_remote_code=True)
+    assert type(model).__name__ == "OwnModel"
+
+
+def test_a_revision_is_of_a_hub_model() -> None:
+    with pytest.raises(InputError, match="tiny is a bundled model"):
+        load_model("tiny", revision="v1")
+
+
+def test_what_the_options_leave_open_is_as_the_plan_was_made() -> None:
+    plan = load_plan(ROOT / "plans" / "tiny__1-8.yaml")
+    pinned = plan.model_copy(update={"model": plan.model.model_copy(update={"revision": "abc", "dtype": "bfloat16"})})
+    parser = argparse.ArgumentParser()
+    add_loading_options(parser)
+    options = loading_options(parser.parse_args([]))
+    assert as_planned(options, pinned, pinned.model.id) == {**options, "dtype": "bfloat16", "revision": "abc"}
+    assert as_planned(options, pinned, "another")["revision"] is None
+    asked = loading_options(parser.parse_args(["--dtype", "float32", "--revision", "v2"]))
+    assert as_planned(asked, pinned, pinned.model.id) == asked
+    with pytest.raises(InputError, match="--device-map chooses devices itself, got --device cpu too"):
+        loading_options(parser.parse_args(["--device", "cpu", "--device-map", "auto"]))
 
 
 # Number types

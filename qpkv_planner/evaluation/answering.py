@@ -18,7 +18,7 @@ from transformers.cache_utils import Cache
 from qpkv_planner.evaluation import longbench
 from qpkv_planner.evaluation.metrics import METRICS
 from qpkv_planner.evaluation.samples import Sample
-from qpkv_runtime.cache import PlannedCache
+from qpkv_runtime.cache import PlannedCache, runs_on
 from qpkv_runtime.errors import InputError, NumericsError
 from qpkv_runtime.plan import Plan
 
@@ -43,7 +43,7 @@ class Runner:
         longest = len(ids) + max(sample.max_new_tokens, len(sample.target))
         if longest > self.model.config.get_text_config(decoder=True).max_position_embeddings:
             raise InputError(f"{sample.id} needs {longest} tokens, more than the model's context: lower --lengths")
-        prompt = torch.tensor([ids], device=self.model.device)
+        prompt = torch.tensor([ids], device=runs_on(self.model))
         cache = self._cache()
         self.model(prompt[:, :-num_fed], past_key_values=cache, logits_to_keep=1)
         room = self._room(num_fed)

@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING, Any
 
 from qpkv_runtime.cli import CommandParser
 from qpkv_runtime.errors import InputError, run_command
+from qpkv_runtime.models.options import add_loading_options, as_planned, loading_options
 from qpkv_runtime.plan import Plan, load_plan
 
 if TYPE_CHECKING:
@@ -73,9 +74,8 @@ def parser() -> CommandParser:
     out.add_argument("--longbench", nargs="+", default=[], metavar="FILE", help="longbench: jsonl files")
     out.add_argument("--json", type=Path, metavar="FILE", help="write the run here, a row for each sample")
     out.add_argument("--heatmap", type=Path, metavar="FILE", help="niah: draw a PNG")
-    out.add_argument("--dtype", default="auto", help="float32, float16, bfloat16 or auto (default)")
-    out.add_argument("--device", default="auto", help="cpu, cuda, cuda:N or auto (default)")
     out.add_argument("--quiet", action="store_true", help="no progress on stderr")
+    add_loading_options(out, "the plan's, or what the machine does best")
     return out  # fmt: skip
 
 
@@ -116,10 +116,11 @@ def _run(args: argparse.Namespace, suites: list[str], plan: Plan | None) -> int:
     from qpkv_runtime.models import load_model, load_tokenizer, model_shape
 
     name = args.model or (plan.model.id if plan is not None else "")
-    encoder = Encoder(load_tokenizer(name))  # samples first: most mistakes show before the weights are read
+    options = loading_options(args) if plan is None else as_planned(loading_options(args), plan, name)
+    tokenizer = load_tokenizer(name, **{key: options[key] for key in ("revision", "trust_remote_code")})
+    encoder = Encoder(tokenizer)  # samples first: most mistakes show before the weights are read
     samples = _samples(args, suites, plan, encoder)
-    dtype = plan.model.dtype if plan is not None and args.dtype == "auto" else args.dtype
-    model, tokenizer = load_model(name, dtype, args.device)
+    model, tokenizer = load_model(name, **options)
     if plan is not None:
         check_shape(plan, model_shape(model))
     with warnings.catch_warnings():

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
 
 import torch
@@ -106,9 +107,20 @@ def _weights_hash(model: nn.Module) -> str:
     digest = hashlib.sha256()
     for name, parameter in sorted(model.named_parameters()):
         digest.update(f"{name}{tuple(parameter.shape)}".encode())
-        rounded = parameter.detach().to("cpu", torch.bfloat16).contiguous()
+        module, _, own_name = name.rpartition(".")
+        owner = model.get_submodule(module)
+        with _in_memory(owner) if parameter.is_meta else nullcontext():
+            rounded = getattr(owner, own_name).detach().to("cpu", torch.bfloat16).contiguous()
         digest.update(rounded.view(-1).view(torch.uint8).numpy().data)
     return f"sha256:{digest.hexdigest()}"
+
+
+def _in_memory(module: nn.Module) -> AbstractContextManager[None]:
+    """A module's parameters in memory, for a while, where a device map keeps them elsewhere."""
+    from accelerate.utils import align_module_device
+
+    brought: AbstractContextManager[None] = align_module_device(module, "cpu")
+    return brought
 
 
 def _sha256(text: str) -> str:

@@ -1,5 +1,6 @@
 """Load a model and its tokenizer for running plans: by name, in a number type this machine is fast at, with our
-attention. Only safetensors and only transformers' own model code, never a checkpoint's pickle or Python files."""
+attention. Unless asked, only safetensors and only transformers' own model code, never a checkpoint's pickle or Python
+files."""
 
 from __future__ import annotations
 
@@ -17,15 +18,27 @@ from qpkv_runtime.models.resolve import ModelSource, resolve
 DTYPES = {"float32": torch.float32, "float16": torch.float16, "bfloat16": torch.bfloat16}
 
 
-def load_model(name: str, dtype: str = "auto", device: str = "auto") -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
+def load_model(
+    name: str,
+    dtype: str = "auto",
+    device: str = "auto",
+    *,
+    device_map: str | dict[str, Any] | None = None,
+    revision: str | None = None,
+    trust_remote_code: bool = False,
+    allow_pickle: bool = False,
+) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
     """The model, in eval mode with `attn_implementation="qpkv"`, and its tokenizer.
 
     name: see `resolve`. dtype: float32, float16, bfloat16, or auto (`choose_dtype`). device: a torch device, or auto
-    (cuda when there is one, else cpu). A model that is not on this machine is downloaded from the hub; one that is
-    loads without asking the network.
+    (cuda when there is one, else cpu). device_map: in place of a device, transformers' own: auto, balanced, sequential
+    or module -> device (cpu and disk included), through accelerate. revision: branch, tag or commit of a model on the
+    hub. trust_remote_code: run the Python files beside the weights. allow_pickle: take .bin files where there are no
+    safetensors. A model that is not on this machine is downloaded from the hub; one that is loads without asking the
+    network.
 
     Raises ModelNotFoundError (no such name, or weights that cannot be had), UnsupportedModelError (a family whose
-    cache we do not know, or an incomplete checkpoint) and InputError (dtype or device).
+    cache we do not know, or an incomplete checkpoint) and InputError (dtype, device or revision).
     """
     import qpkv_runtime.attention  # noqa: F401  (registers the attention function "qpkv")
 
@@ -33,7 +46,8 @@ def load_model(name: str, dtype: str = "auto", device: str = "auto") -> tuple[Pr
     if dtype != "auto" and dtype not in DTYPES:
         raise InputError(f"dtype must be one of auto, {', '.join(DTYPES)}, got {dtype!r}")
     source = resolve(name)
-    config = _from_pretrained(AutoConfig, source)
+    common = {"revision": _revision(source, revision), "trust_remote_code": trust_remote_code}
+    config = _from_pretrained(AutoConfig, source, **common)
     model_shape(config)  # an unsupported family ends here, before its weights are read
     own_dtype = getattr(config.get_text_config(decoder=True), "dtype", None)
     model, report = _from_pretrained(
@@ -41,22 +55,34 @@ def load_model(name: str, dtype: str = "auto", device: str = "auto") -> tuple[Pr
         source,
         config=config,
         dtype=choose_dtype(place, own_dtype) if dtype == "auto" else DTYPES[dtype],
-        device_map=place,
+        device_map=device_map or place,
         attn_implementation="qpkv",
-        use_safetensors=True,
+        use_safetensors=None if allow_pickle else True,
         output_loading_info=True,
+        **common,
     )
     if missing := sorted(report["missing_keys"]):
         raise UnsupportedModelError(
             f"{source.path_or_id} lacks {len(missing)} of the model's weights ({missing[0]}, ...)"
         )
-    return model.eval(), _from_pretrained(AutoTokenizer, source)
+    return model.eval(), _from_pretrained(AutoTokenizer, source, **common)
 
 
-def load_tokenizer(name: str) -> PreTrainedTokenizerBase:
-    """The tokenizer of the model `name` (see `resolve`); raises ModelNotFoundError and UnsupportedModelError."""
-    tokenizer: PreTrainedTokenizerBase = _from_pretrained(AutoTokenizer, resolve(name))
+def load_tokenizer(
+    name: str, *, revision: str | None = None, trust_remote_code: bool = False
+) -> PreTrainedTokenizerBase:
+    """The tokenizer of the model `name`; arguments and errors as of `load_model`."""
+    source = resolve(name)
+    tokenizer: PreTrainedTokenizerBase = _from_pretrained(
+        AutoTokenizer, source, revision=_revision(source, revision), trust_remote_code=trust_remote_code
+    )
     return tokenizer
+
+
+def _revision(source: ModelSource, revision: str | None) -> str:
+    if revision is not None and source.kind != "hub":
+        raise InputError(f"a revision is one of a model on the hub, and {source.name} is a {source.kind} model")
+    return revision or "main"
 
 
 def choose_dtype(device: torch.device, own: torch.dtype | None = None) -> torch.dtype:
@@ -97,11 +123,15 @@ def _from_pretrained(auto_class: Any, source: ModelSource, **options: Any) -> An
     """`auto_class.from_pretrained` with its errors as ours, in one line."""
     try:
         with quiet_transformers():
-            return _local_first(auto_class, source, trust_remote_code=False, **options)
+            return _local_first(auto_class, source, **options)
     except ValueError as error:
+        if "trust_remote_code" in str(error):
+            raise UnsupportedModelError(
+                f"{source.path_or_id} needs its own Python files to load: read them, then add --trust-remote-code"
+            ) from None
         raise UnsupportedModelError(f"transformers cannot load {source.path_or_id}: {_first_line(error)}") from None
     except OSError as error:
-        advice = "a model directory holds config.json, safetensors and tokenizer.json"
+        advice = "a model directory holds config.json, safetensors (.bin: --allow-pickle) and tokenizer.json"
         if source.kind == "hub":
             advice = f"run `hf download {source.path_or_id}` where the hub can be reached, or name a local directory"
         raise ModelNotFoundError(f"cannot load {source.name}: {_first_line(error)}; {advice}") from None
