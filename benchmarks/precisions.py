@@ -19,6 +19,7 @@ import random
 import subprocess
 import sys
 import time
+from collections.abc import Sequence
 from pathlib import Path
 
 import torch
@@ -55,6 +56,13 @@ BATCH = 6  # prompts of the ladder at a time
 LADDER_BUDGETS = ("1/3", "1/6")
 RESTS = ("mikv-k4v4", "mikv-k3v3", "mikv-k2v2", "flexgen-k4v4", "flexgen-k2v2")  # mikv is flexgen with its balancer
 UNIFORM = ("flexgen-k4v4", "flexgen-k2v2", "rotated-k2v2")
+LADDER = {  # name: (how tokens are divided, in which format)
+    "h2o eviction": ("eviction", "16bit"),
+    "snapkv eviction": ("eviction", "16bit"),
+    **{f"one width {name}": ("one width", name) for name in UNIFORM},
+    **{f"16bit + {rest}": ("two tiers", rest) for rest in RESTS},
+}
+WHENS = ("in the prompt", "later")
 ADJECTIVES = (
     "dusty eager famous frozen giant happy hidden hollow brave quiet silver golden ancient gentle bitter clever"
 )
@@ -138,27 +146,29 @@ def ladder(
     length, rows = arguments.context_length, []
     split = make_split(tokenizer, "validation", 1, length, seed=0)
     section = describe(model, tokenizer, arguments.model, split.contexts[0])
-    for when in ("in the prompt", "later"):
-        lines = [_key_value_lines(tokenizer, seed, length, when) for seed in range(arguments.contexts)]
-        full = _answer(model, _space(section, "64MiB", length, "h2o", "16bit"), [Choice(length, "16bit")], lines)
+    for when in WHENS:
+        lines = [key_value_lines(tokenizer, seed, length, when) for seed in range(arguments.contexts)]
+        full = answer(model, _space(section, "64MiB", length, "h2o", "16bit"), [Choice(length, "16bit")], lines)
         rows.append(_ladder_row(when, "1", "full cache", "", 0, full))
         for budget in LADDER_BUDGETS:
-            space = _space(section, budget, length, "h2o", "flexgen-k4v4")
-            settings: list[tuple[str, str, list[Choice] | None]] = [
-                ("h2o eviction", "h2o", list(uniform(space, "16bit") or [])),
-                ("snapkv eviction", "snapkv", list(uniform(space, "16bit") or [])),
-                *((f"one width {name}", "h2o", list(uniform(space, name) or [])) for name in UNIFORM),
-                *((f"16bit + {rest}", "h2o", two_tiers(space, rest)) for rest in RESTS),
-            ]
-            for name, scorer, allocation in settings:
-                if not allocation:
+            for name in LADDER:
+                made = ladder_setting(section, budget, length, name)
+                if made is None:
                     continue  # does not fit
-                own = _space(section, budget, length, scorer, "flexgen-k4v4")
-                losses = _answer(model, own, allocation, lines)
+                space, allocation = made
+                losses = answer(model, space, allocation, lines)
                 tokens = " + ".join(str(count) for count, _ in allocation[0].tiers)
-                rows.append(_ladder_row(when, budget, name, tokens, own.bytes(allocation), losses))
+                rows.append(_ladder_row(when, budget, name, tokens, space.bytes(allocation), losses))
                 print(" ".join(list(rows[-1].values())), file=sys.stderr, flush=True)
     return rows
+
+
+def ladder_setting(section: Model, budget: str, length: int, name: str) -> tuple[Space, Sequence[Choice]] | None:
+    """One of the LADDER at these exact bytes; None where it does not fit."""
+    how, format = LADDER[name]
+    space = ladder_space(section, budget, length, "snapkv" if name.startswith("snapkv") else "h2o")
+    allocation = two_tiers(space, format) if how == "two tiers" else uniform(space, format)
+    return None if allocation is None else (space, allocation)
 
 
 def two_tiers(space: Space, rest: str) -> list[Choice] | None:
@@ -177,12 +187,17 @@ def two_tiers(space: Space, rest: str) -> list[Choice] | None:
     return at(low)
 
 
+def ladder_space(section: Model, budget: str, length: int, scorer: str) -> Space:
+    """Where the ladder's settings live: generated tokens at 4 bit."""
+    return _space(section, budget, length, scorer, "flexgen-k4v4")
+
+
 def _space(section: Model, budget: str, length: int, scorer: str, reserve: str) -> Space:
     decode = Decode(reserve_tokens=64, format=reserve)
     return Space(section, budget, length, Scorer.model_validate({"name": scorer}), 4, 16, decode)
 
 
-def _key_value_lines(
+def key_value_lines(
     tokenizer: PreTrainedTokenizerBase, seed: int, length: int, when: str
 ) -> tuple[list[int], list[int], list[int]]:
     """(the prompt that is compressed, exactly `length` tokens; what is fed after it; the answer), in token ids."""
@@ -216,11 +231,14 @@ def _key_value_lines(
 
 
 @torch.no_grad()
-def _answer(
-    model: PreTrainedModel, space: Space, allocation: list[Choice], lines: list[tuple[list[int], list[int], list[int]]]
+def answer(
+    model: PreTrainedModel,
+    space: Space,
+    allocation: Sequence[Choice],
+    lines: list[tuple[list[int], list[int], list[int]]],
 ) -> tuple[list[float], list[bool]]:
     """Per prompt: nats per token of the answer, and whether each of its tokens is the most likely one."""
-    plan = space.probe((allocation * space.shape.num_layers)[: space.shape.num_layers])
+    plan = space.probe((list(allocation) * space.shape.num_layers)[: space.shape.num_layers])
     nats, exact = [], []
     for start in range(0, len(lines), BATCH):
         batch = lines[start : start + BATCH]

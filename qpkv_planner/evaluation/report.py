@@ -79,7 +79,7 @@ def heat_map(rows: Sequence[Row], title: str, file: Path) -> None:
     lengths, depths, means = needle_grid(rows)
     if not lengths:
         raise InputError("a heat map needs rows of the suite niah")
-    pyplot = _pyplot()
+    pyplot = load_pyplot("a heat map")
     from matplotlib.colors import LinearSegmentedColormap
 
     colors = LinearSegmentedColormap.from_list("needle", ["#f0496e", "#ebb839", "#0cd79f"])
@@ -103,11 +103,12 @@ def heat_map(rows: Sequence[Row], title: str, file: Path) -> None:
         pyplot.close(figure)
 
 
-def _pyplot() -> Any:
+def load_pyplot(what: str) -> Any:
+    """Matplotlib without a screen. Raises InputError that `what` needs it."""
     try:
         import matplotlib
     except ModuleNotFoundError:
-        raise InputError("a heat map needs matplotlib: pip install 'qpkv[report]'") from None
+        raise InputError(f"{what} needs matplotlib: pip install 'qpkv[report]'") from None
     matplotlib.use("agg")
     from matplotlib import pyplot
 
