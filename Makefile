@@ -5,7 +5,7 @@ PYTHON ?= python3
 BIN := .venv/bin
 STAMP := .venv/.qpkv-installed
 
-.PHONY: help install demo test test-long check check-plans paper-plans test-harness bench clean
+.PHONY: help install demo test test-long check check-plans paper-plans test-harness bench paper clean
 
 help:  ## list the targets
 	@grep -hE '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 12
@@ -52,6 +52,9 @@ check: install  ## lint, format, types, import directions
 
 bench: install  ## the quick benchmark
 	$(BIN)/python benchmarks/uniform_grid.py --quick
+
+paper: install  ## the papers' tables and figures, measured again on smollm2 (up to two hours, resumable)
+	$(BIN)/python -m benchmarks.paper
 
 clean:  ## remove build products and tool caches; .venv and converted models stay
 	rm -rf build dist *.egg-info .mypy_cache .ruff_cache .pytest_cache .hypothesis

@@ -4,7 +4,6 @@ a killed or timed-out run goes on."""
 from __future__ import annotations
 
 import time
-from collections.abc import Hashable, Sequence
 from dataclasses import dataclass, field
 from importlib.metadata import version
 from pathlib import Path
@@ -13,8 +12,7 @@ from typing import Any
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from benchmarks.paper import lines
-from benchmarks.paper.lines import Line
-from benchmarks.paper.settings import Cell, bits, make, scorings
+from benchmarks.paper.settings import Cell, Key, Line, bits, make, scorings
 from qpkv_planner.calibration import make_split
 from qpkv_planner.calibration_cache import load_or_prepare
 from qpkv_planner.heads import measure_heads
@@ -33,8 +31,8 @@ HEAD_CONTEXTS = 4  # of the search split, for the weights of heads
 
 @dataclass(frozen=True)
 class Measured:
-    """A cell's losses. tokens: kept, mean over layers; num_bytes: of the plan, exact; nominal, exact: shares of the full
-    cache's bytes, counted the papers' way and by the ledger."""
+    """A cell's losses. tokens: kept, mean over layers; num_bytes: the plan's, by the ledger; nominal, exact: shares of
+    the full cache's bytes, counted the papers' way and by the ledger."""
 
     losses: Losses
     tokens: float
@@ -49,46 +47,47 @@ class Place:
 
     section: Model
     evaluator: Evaluator
-    model: PreTrainedModel
     weighted: tuple[Heads, ...] | None
 
 
 @dataclass
 class Laboratory:
-    """study: the folder; contexts: of the test split at every place; commit: written beside what is measured now; deadline: `time.monotonic()` after which only what
-    the study holds is used."""
+    """study: the folder; contexts: of the test split at every place; commit: written beside what is measured now;
+    asked: every cell that any run over this study measures, so that one prefill knows what all of them need;
+    deadline: `time.monotonic()` after which only what the study holds is used.
+
+    measured, unfit: what is known of the cells so far; full, unanswerable: of the full cache at each place.
+    """
 
     study: Path
     contexts: int
     commit: str
+    asked: tuple[Key, ...]
     progress: Progress
     deadline: float | None = None
-    measured: dict[Hashable, Measured] = field(default_factory=dict)
+    measured: dict[Key, Measured] = field(default_factory=dict)
     full: dict[tuple[str, int], Losses] = field(default_factory=dict)
-    unfit: set[Hashable] = field(default_factory=set)
+    unfit: set[Key] = field(default_factory=set)
     unanswerable: dict[tuple[str, int], dict[str, int]] = field(default_factory=dict)
     _models: dict[str, tuple[PreTrainedModel, PreTrainedTokenizerBase]] = field(default_factory=dict)
     _sections: dict[str, Model] = field(default_factory=dict)
     _places: dict[tuple[str, int], Place] = field(default_factory=dict)
     _journals: dict[str, Journal] = field(default_factory=dict)
 
-    def measure(self, cells: Sequence[Hashable], of_all: Sequence[Hashable]) -> bool:
-        """Measure these cells, all known ones apart; of_all: every cell that will be asked for. False: out of time."""
-        in_time = True
-        for cell in cells:
-            if cell in self.measured or cell in self.unfit:
-                continue
-            try:
-                found = self._line(cell) if isinstance(cell, Line) else self._cell(cell, of_all)
-            except OutOfTime:
-                in_time = False
-                continue
-            if found is None:
-                self.unfit.add(cell)
-            else:
-                self.measured[cell] = found
-            self.progress.step(cell.work)  # type: ignore[attr-defined]
-        return in_time
+    def measure(self, cell: Key) -> bool:
+        """Measure a cell, unless it is known. False: there is no time left for it."""
+        if cell in self.measured or cell in self.unfit:
+            return True
+        try:
+            found = self._line(cell) if isinstance(cell, Line) else self._cell(cell)
+        except OutOfTime:
+            return False
+        if found is None:
+            self.unfit.add(cell)
+        else:
+            self.measured[cell] = found
+        self.progress.step(cell.work)
+        return True
 
     def model(self, name: str) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
         if name not in self._models:
@@ -101,10 +100,9 @@ class Laboratory:
         entries = [entry for journal in self._journals.values() for entry in journal.entries.values()]
         return sorted({entry.stage for entry in entries})
 
-    def _cell(self, cell: Hashable, of_all: Sequence[Hashable]) -> Measured | None:
-        assert isinstance(cell, Cell)
+    def _cell(self, cell: Cell) -> Measured | None:
         if cell.place not in self._places:
-            self._places[cell.place] = self._prepare(cell.place, [c for c in of_all if isinstance(c, Cell)])
+            self._places[cell.place] = self._prepare(cell.place)
         place = self._places[cell.place]
         made = make(cell, place.section, place.weighted)
         if made is None:
@@ -128,23 +126,25 @@ class Laboratory:
         if entry is None:
             self._check_time()
             found = lines.measure(line, *self.model(line.model), section)
-            values, num_bytes, tokens = found or ({}, 0, 0.0)
-            journal.put(what, {**values, "size": [float(num_bytes), tokens]})
+            values, num_bytes, tokens = found or ({}, 0, 0)
+            journal.put(what, {**values, "size": [float(num_bytes), float(tokens)]})
             entry = journal.get(what)
             assert entry is not None
         if "ce" not in entry.values:
             return None
-        num_bytes, tokens = int(entry.values["size"][0]), entry.values["size"][1]
+        num_bytes, tokens = map(int, entry.values["size"])
         share = num_bytes / full_bytes(section.shape, line.length)
-        return Measured(lines.losses(line, dict(entry.values)), tokens, num_bytes, share, share)
+        return Measured(lines.losses(line, entry.values), tokens, num_bytes, share, share)
 
-    def _prepare(self, place: tuple[str, int], cells: Sequence[Cell]) -> Place:
+    def _prepare(self, place: tuple[str, int]) -> Place:
         name, length = place
-        own = [cell for cell in cells if cell.place == place]
+        own = [cell for cell in self.asked if isinstance(cell, Cell) and cell.place == place]
         section = self._section(name, length)
         model, tokenizer = self.model(name)
         split = make_split(tokenizer, "test", self.contexts, length, seed=0)
-        journal = self._journal(f"{Path(name).stem}-{length}", {"model": section.model_dump(), "split": split.hash})
+        journal = self._journal(
+            f"{Path(name).stem}-{length}x{self.contexts}", {"model": section.model_dump(), "split": split.hash}
+        )
         folder = self.study / "prefills"
         if not journal.entries:
             self._check_time()
@@ -155,7 +155,7 @@ class Laboratory:
         weighted = self._weights(place, journal) if any(cell.needs_weights for cell in own) else None
         evaluator = Evaluator(model, prepared, journal, memo_bytes=MEMO_BYTES, deadline=self.deadline)
         self.full[place], self.unanswerable[place] = evaluator.full(), prepared.num_unanswerable
-        return Place(section, evaluator, model, weighted)
+        return Place(section, evaluator, weighted)
 
     def _weights(self, place: tuple[str, int], journal: Journal) -> tuple[Heads, ...]:
         """The weights of heads, measured on the search split's needles."""

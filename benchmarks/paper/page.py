@@ -3,12 +3,11 @@
 from __future__ import annotations
 
 import csv
-from collections.abc import Hashable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 from benchmarks.paper.laboratory import Laboratory, Measured
-from benchmarks.paper.lines import Line
-from benchmarks.paper.settings import Cell
+from benchmarks.paper.settings import Cell, Key
 from benchmarks.paper.tables import Grid, Table
 from benchmarks.paper.verdicts import Claim, judge, measured
 from qpkv_planner.measurement import Losses, interval
@@ -20,11 +19,11 @@ NO_REASON = {
     "reversed": "It goes the other way here; we know no reason.",
 }
 READING = """\
-Cells are cross-entropy of answers / of the text going on, in nats per token, and the share of answers that are exact.
-*Nominal* counts bits x tokens as the papers do; *exact* is the ledger's bytes: scales, zeros, tables and the reserve for
-generated tokens come out of the same budget. A claim is a difference of cross-entropies on the same samples with its 95 %
-bootstrap interval over contexts: **reproduced** where the whole interval says so, **reversed** where all of it says the
-opposite, else **not**."""
+Cells are cross-entropy of answers / of the text going on, in nats per token, and the share of answers that are
+exact. *Nominal* counts bits x tokens as the papers do; *exact* is the ledger's bytes: scales, zeros, tables and the
+reserve for generated tokens come out of the same budget. A claim is a difference of cross-entropies on the same samples
+with its 95 % bootstrap interval over contexts: **reproduced** where the whole interval says so, **reversed** where all
+of it says the opposite, else **not**."""
 
 
 def page(
@@ -46,7 +45,7 @@ def page(
     return "\n\n".join(parts) + "\n"
 
 
-def _summary(tables: Sequence[Table], losses: Mapping[Hashable, Losses]) -> str:
+def _summary(tables: Sequence[Table], losses: Mapping[Key, Losses]) -> str:
     rows = ["| | reproduced | not | reversed | not run |", "|---|---|---|---|---|"]
     for table in tables:
         counts = dict.fromkeys(("reproduced", "not", "reversed", "not run"), 0)
@@ -56,12 +55,12 @@ def _summary(tables: Sequence[Table], losses: Mapping[Hashable, Losses]) -> str:
     return "\n".join(rows)
 
 
-def _verdict(claim: Claim, losses: Mapping[Hashable, Losses]) -> tuple[str, Interval | None]:
+def _verdict(claim: Claim, losses: Mapping[Key, Losses]) -> tuple[str, Interval | None]:
     found = measured(claim, losses)
     return ("not run", None) if found is None else (judge(claim, found), found)
 
 
-def _claims(claims: Sequence[Claim], losses: Mapping[Hashable, Losses]) -> str:
+def _claims(claims: Sequence[Claim], losses: Mapping[Key, Losses]) -> str:
     rows = ["| claim | verdict | nats | why |", "|---|---|---|---|"]
     for claim in claims:
         verdict, found = _verdict(claim, losses)
@@ -77,12 +76,16 @@ def _grid(grid: Grid, laboratory: Laboratory) -> str:
     if grid.columns:
         head, shown = list(grid.columns), {name: [_cell(c, laboratory) for c in row] for name, row in grid.rows.items()}
     else:
-        rows = {name: laboratory.measured.get(row[0]) for name, row in grid.rows.items()}
+        rows = {name: _found(row[0], laboratory) for name, row in grid.rows.items()}
         head = sorted({kind for one in rows.values() if one for kind in one.losses.kinds})
         shown = {name: _by_kind(one, head) for name, one in rows.items()}
     lines = [f"*{grid.title}*", "", "| | " + " | ".join(head) + " |", "|---" * (len(head) + 1) + "|"]
     lines += [f"| {name} | " + " | ".join(cells) + " |" for name, cells in shown.items()]
     return "\n".join(lines)
+
+
+def _found(cell: Key | None, laboratory: Laboratory) -> Measured | None:
+    return None if cell is None else laboratory.measured.get(cell)
 
 
 def _by_kind(one: Measured | None, kinds: Sequence[str]) -> list[str]:
@@ -92,7 +95,7 @@ def _by_kind(one: Measured | None, kinds: Sequence[str]) -> list[str]:
     return [f"{found[kind]['cross_entropy']:.2f}" if kind in found else "" for kind in kinds]
 
 
-def _cell(cell: Hashable | None, laboratory: Laboratory) -> str:
+def _cell(cell: Key | None, laboratory: Laboratory) -> str:
     if cell is None or cell in laboratory.unfit:
         return "" if cell is None else "does not fit"
     one = laboratory.measured.get(cell)
@@ -126,8 +129,7 @@ def write_rows(path: Path, tables: Sequence[Table], laboratory: Laboratory, wher
         writer.writerows({**row, **where} for row in rows)
 
 
-def _row(table: str, cell: Hashable, one: Measured, laboratory: Laboratory, kinds: Sequence[str]) -> dict[str, str]:
-    assert isinstance(cell, (Cell, Line))
+def _row(table: str, cell: Key, one: Measured, laboratory: Laboratory, kinds: Sequence[str]) -> dict[str, str]:
     losses, by_kind = one.losses, one.losses.by_kind()
     if isinstance(cell, Cell):
         moved = "" if cell.moved is None else "layers {}-{} {}".format(*cell.moved)

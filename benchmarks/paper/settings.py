@@ -7,8 +7,10 @@ scales, zeros, tables and the reserve for generated tokens are paid for out of t
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from fractions import Fraction
+from itertools import pairwise
 from typing import Literal
 
 from qpkv_planner.allocation import PRESETS, Allocation, Choice, Space, format_name, format_named
@@ -73,6 +75,31 @@ class Cell:
         return 1 if PRUNERS[self.pruner].heads == "uniform" else 3
 
 
+@dataclass(frozen=True)
+class Line:
+    """A setting of `benchmarks.precisions.LADDER` on so many prompts of key-value lines. when: where the question is,
+    of its WHENS."""
+
+    model: str
+    length: int
+    contexts: int
+    when: str
+    setting: str
+    budget: str
+
+    @property
+    def place(self) -> tuple[str, int]:
+        return self.model, self.length
+
+    @property
+    def work(self) -> int:
+        """Beside a cell, about: every setting prefills all prompts again."""
+        return 4 * self.contexts
+
+
+Key = Cell | Line
+
+
 def bits(format: str) -> Fraction:
     """The mean of key and value bits, metadata not counted."""
     written = format_named(format)
@@ -88,7 +115,7 @@ def layer_ranges(num_layers: int) -> list[tuple[int, int]]:
     """The papers' ranges for 32 layers (four layers at both ends, eight in the middle), scaled to a model's depth."""
     bounds = [0, 4, 8, 16, 24, 28, 32]
     scaled = [round(bound * num_layers / bounds[-1]) for bound in bounds]
-    return list(zip(scaled, scaled[1:], strict=False))
+    return list(pairwise(scaled))
 
 
 def make(cell: Cell, section: Model, weighted: tuple[Heads, ...] | None) -> tuple[Space, Allocation] | None:
@@ -138,9 +165,12 @@ def _shaped(space: Space, preset: str, even: list[Choice]) -> Allocation:
     return tuple(replace(choice, format=even[0].format) for choice in shaped)
 
 
-def scorings(cells: list[Cell], section: Model) -> list[Scoring]:
-    """Every way in which these cells score tokens."""
+def scorings(cells: Sequence[Cell], section: Model) -> list[Scoring]:
+    """Every way in which these cells score tokens: sinks and window are the same but where a tight budget halves them."""
+    found = {Scoring.of(PRUNERS[cell.pruner].scorer, SINKS, WINDOW): None for cell in cells}
     even = (Heads.model_validate({"share": "weighted", "weights": [1.0] * section.num_kv_heads}),) * section.num_layers
-    made = [make(cell, section, even) for cell in cells]
-    spaces = [one[0] for one in made if one is not None]
-    return list(dict.fromkeys(Scoring.of(space.scorer, space.sinks, space.window) for space in spaces))
+    for cell in cells:
+        made = make(cell, section, even) if isinstance(cell.size, str) and cell.moved is None else None
+        if made is not None:
+            found[Scoring.of(made[0].scorer, made[0].sinks, made[0].window)] = None
+    return list(found)

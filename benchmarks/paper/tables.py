@@ -6,14 +6,13 @@ full cache is 8k tokens or more; ours is as long as a context, so their kept cou
 
 from __future__ import annotations
 
-from collections.abc import Hashable, Iterable, Mapping, Sequence
-from dataclasses import dataclass, field
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass
 from fractions import Fraction
-from typing import Literal
 
-from benchmarks.paper import lines
-from benchmarks.paper.settings import PRUNERS, Cell, Cost, at, layer_ranges
+from benchmarks.paper.settings import PRUNERS, QUERIES, SINKS, WINDOW, Cell, Cost, Key, Line, at, layer_ranges
 from benchmarks.paper.verdicts import Claim, Terms, negative, over
+from benchmarks.precisions import WHENS
 
 COSTS: tuple[Cost, ...] = ("nominal", "exact")
 BUDGETS = tuple(Fraction(1, n) for n in (4, 8, 16, 32, 64, 128))
@@ -32,7 +31,7 @@ class Grid:
 
     title: str
     columns: tuple[str, ...]
-    rows: Mapping[str, Sequence[Hashable | None]]
+    rows: Mapping[str, Sequence[Key | None]]
 
 
 @dataclass(frozen=True)
@@ -41,7 +40,7 @@ class Plot:
 
     title: str
     x: tuple[str, ...] | Cost
-    series: Mapping[str, Sequence[Hashable]]
+    series: Mapping[str, Sequence[Key]]
 
 
 @dataclass(frozen=True)
@@ -57,7 +56,7 @@ class Table:
     note: str = ""
 
     @property
-    def cells(self) -> list[Hashable]:
+    def cells(self) -> list[Key]:
         """All that it needs, in order."""
         shown = [cell for grid in self.grids for row in grid.rows.values() for cell in row if cell is not None]
         drawn = [cell for plot in self.plots for series in plot.series.values() for cell in series]
@@ -75,11 +74,11 @@ class Scope:
     other_models: tuple[str, ...] = ()
     line_model: str = "tiny"
     line_contexts: int = 8
-    least_share: Fraction = BUDGETS[-1]
-    models: tuple[str, ...] = field(init=False)
 
-    def __post_init__(self) -> None:
-        object.__setattr__(self, "models", tuple(dict.fromkeys([*self.other_models, self.model])))
+    @property
+    def models(self) -> tuple[str, ...]:
+        """Of Figures 4 and 5."""
+        return tuple(dict.fromkeys([*self.other_models, self.model]))
 
     def cell(self, pruner: str, format: str, size: int | str, moved: tuple[int, int, str] | None = None) -> Cell:
         return Cell(self.model, self.length, pruner, format, size, moved)
@@ -114,8 +113,8 @@ Llama-3-8B, LongBench at 128 / 512 / 2048 kept tokens, each 16, 8, 4, 2 bit (KIV
 | adakv | 39.3 39.2 37.4 11.9 | 40.9 40.8 39.0 12.5 | 41.7 41.7 40.0 13.7 |
 | headkv | 40.9 40.9 39.5 11.6 | 41.9 41.9 40.3 12.1 | 42.4 42.4 41.0 13.4 |
 
-Needles at 128 tokens and 16 bit: 27.7, 46.9, 83.7, 98.9, 87.7, 98.6. 8 bit costs nothing, 4 bit little, 2 bit collapses,
-most with groups per token."""
+Needles at 128 tokens and 16 bit: 27.7, 46.9, 83.7, 98.9, 87.7, 98.6. 8 bit costs nothing, 4 bit little, 2 bit
+collapses, most with groups per token."""
 
 
 def own_quantizer(pruner: str, bits: int) -> str:
@@ -150,16 +149,15 @@ def table_1(scope: Scope) -> Table:
     collapse = over(own(2, ["adakv"]), own(16, ["adakv"]))
     claims = (
         Claim("8 bit costs nothing (KIVI, FlexGen)", over(own(8), own(16)), within=NOTHING,
-              why={"reproduced": "An error of half a 255th of a group's range is below what 16 bits of attention notice.",
+              why={"reproduced": "Half a 255th of a group's range is below what attention notices.",
                    "not": "Too few samples to say it this precisely."}),
         Claim("4 bit costs little", over(own(4), own(16)), within=LITTLE,
               why={"reproduced": "Rounding errors of many keys average out in the softmax.",
-                   "not": "A small model's key channels are few (head size 64) and their outliers set every group's range."
-                   }),
+                   "not": "A few outliers set every group's range."}),
         Claim(f"2 bit collapses (by over {COLLAPSE} nats)", over(own(16), own(2)), least=COLLAPSE,
               why={"reproduced": "Four levels a group cannot hold key channels of very different size.",
-                   "not": "2 bit costs less here than in the paper, whose released code groups keys over the channels of "
-                   "one token where it says KIVI."}),
+                   "not": "2 bit costs less here than in the paper, whose released code groups keys over the "
+                   "channels of one token where it says KIVI."}),
         Claim("2 bit collapses far worse in groups per token (FlexGen, adakv) than per channel (KIVI, snapkv)",
               over(own(2, ["snapkv"]), own(16, ["snapkv"])) + negative(collapse),
               why={"reproduced": "Key outliers live in channels: a group of one token's channels holds them all.",
@@ -172,9 +170,8 @@ def table_1(scope: Scope) -> Table:
               why={"reproduced": "Sums over all queries favour old tokens; the last queries know the question."}),
         Claim("pyramidkv is ahead of snapkv at the smallest count",
               over(own(16, ["pyramidkv"], smallest), own(16, ["snapkv"], smallest)), aspect="questions",
-              why={"not": "What a pyramid takes from late layers is missing where this model looks things up: in layers "
-                   "past the middle.",
-                   "reversed": "This model looks things up in layers past the middle, which a pyramid starves.",
+              why={"not": "What a pyramid takes from late layers may be missing where the model looks things up.",
+                   "reversed": "The model looks things up past its middle layers, which a pyramid starves.",
                    "reproduced": "Early layers attend widely."}),
         Claim("adakv is ahead of snapkv at the smallest count",
               over(own(16, ["adakv"], smallest), own(16, ["snapkv"], smallest)), aspect="questions",
@@ -183,20 +180,21 @@ def table_1(scope: Scope) -> Table:
         Claim("headkv is ahead of adakv at the smallest count",
               over(own(16, ["headkv"], smallest), own(16, ["adakv"], smallest)), aspect="questions",
               why={"reproduced": "Heads are weighted by what they do with needles.",
-                   "not": "Our weights divide a layer's tokens among its heads; the paper's also move tokens between layers.",
-                   "reversed": "Our weights divide a layer's tokens among its heads, fixed for all prompts; the paper's also "
-                   "move tokens between layers."}),
+                   "not": "Our weights divide a layer's tokens among its heads; the paper's also move them between "
+                   "layers.",
+                   "reversed": "Our weights are the same for all prompts and divide a layer's tokens; the paper's also "
+                   "move them between layers."}),
         Claim("(ours) rotated at 2 bit loses less than the paper's quantizers", over(best(2), own(2)),
               why={"reproduced": "The mean of the keys is taken out and a Hadamard spreads the outliers first.",
                    "not": "At 2 bit the difference is within noise."}),
         Claim("(ours) with rotated codes, 256 tokens at 2 bit beat 32 at 16",
               over([scope.cell(p, rotated(2), 256) for p in PRUNERS], own(16, counts=smallest)),
-              why={"reproduced": "Eight times the tokens at the same nominal bytes: what is evicted cannot be read at any "
-                   "precision."}),
+              why={"reproduced": "Eight times the tokens at equal nominal bytes, and what is evicted cannot be read."}),
     )  # fmt: skip
     note = (
-        f"Sinks {4}, window {4}, 16 observed queries for all six, so that only the method differs (the paper: 32 or 8 kept). "
-        "KIVI takes heads of different counts here, but adakv and headkv use FlexGen as in the paper."
+        f"{SINKS} sinks, a window of {WINDOW} and {QUERIES} observed queries for all six, so that only the method "
+        "differs (the paper keeps 32 or 8). KIVI takes heads of different counts here, but adakv and headkv use "
+        "FlexGen as in the paper."
     )
     return Table("table-1", "Table 1: six pruners, bits, kept tokens", TABLE_1, tuple(map(grid, KEPT_TOKENS)), claims,
                  note=note)  # fmt: skip
@@ -234,7 +232,7 @@ def table_1_exact(scope: Scope) -> Table:
 
 
 def figure_1(scope: Scope) -> Table:
-    shares = [share for share in (Fraction(1, 2), *BUDGETS[:-1])]
+    shares = [Fraction(1, 2), *BUDGETS[:-1]]
 
     def pruning(cost: Cost, format: str) -> list[Cell]:
         return [scope.cell("snapkv", format, at(cost, share, scope.length, format)) for share in shares]
@@ -338,8 +336,9 @@ def table_2(scope: Scope) -> Table:
         ]  # fmt: skip
     paper = """\
 pyramidkv at 512@16 / 1024@8 / 2048@4 (called 1/16), Llama-3: single-document QA 28.2 / 29.6 / 30.7, multi-document QA
-31.9 / 33.1 / 32.5, summaries 23.5 / 24.3 / 25.3, few-shot 67.6 / 67.9 / 68.8, synthetic 37.7 / 37.4 / 37.2, code 57.6 /
-58.0 / 57.6, RULER-8k 67.5 / 74.9 / 82.2. Retrieval gains most; multi-document QA, synthetic and code are not monotone."""
+31.9 / 33.1 / 32.5, summaries 23.5 / 24.3 / 25.3, few-shot 67.6 / 67.9 / 68.8, synthetic 37.7 / 37.4 / 37.2, code
+57.6 / 58.0 / 57.6, RULER-8k 67.5 / 74.9 / 82.2. Retrieval gains most; multi-document QA, synthetic and code are not
+monotone."""
     return Table("table-2", "Table 2: by task type", paper, grids, tuple(claims),
                  note="Our kinds of sample: five kinds of questions about facts in the context, and the text going on."
                  )  # fmt: skip
@@ -375,6 +374,10 @@ def figure_3(scope: Scope) -> Table:
 
 
 def figures_4_and_5(scope: Scope) -> Table:
+    def gain(share: Fraction, cost: Cost, model: str) -> Terms:
+        few, many = (scope.trade("snapkv", t, share, cost, model=model) for t in ("1x16", "4x4"))
+        return over([many], [few])
+
     grids, claims = [], list[Claim]()
     for cost in COSTS:
         for share in (SMALL, LARGE):
@@ -388,8 +391,7 @@ def figures_4_and_5(scope: Scope) -> Table:
             ]  # fmt: skip
         claims += [
             Claim(f"{cost}, {m}: the gain is larger at 1/64 than at 1/16",
-                  over([scope.trade("snapkv", "4x4", SMALL, cost, m)], [scope.trade("snapkv", "1x16", SMALL, cost, m)])
-                  + over([scope.trade("snapkv", "1x16", LARGE, cost, m)], [scope.trade("snapkv", "4x4", LARGE, cost, m)]),
+                  gain(SMALL, cost, m) + negative(gain(LARGE, cost, m)),
                   why={"reproduced": "The fewer tokens, the more each is worth."})
             for m in scope.models
         ]  # fmt: skip
@@ -433,12 +435,12 @@ def figures_6_to_9(scope: Scope) -> Table:
                            "not": "Which layers look things up is a matter of the model."}),
             ]  # fmt: skip
     paper = (
-        "Baseline snapkv 4x4, one range moved to 2x8 or 1x16 (LongBench, RULER-4k; 1/16 and 1/64): 8 bit costs little, 16 "
-        "bit more, the middle layers much more than the ends, retrieval most."
+        "Baseline snapkv 4x4, one range moved to 2x8 or 1x16 (LongBench, RULER-4k; 1/16 and 1/64): 8 bit costs little, "
+        "16 bit more, the middle layers much more than the ends, retrieval most."
     )
     return Table("figures-6-9", "Figures 6 to 9: which layers trade", paper, tuple(grids), tuple(claims), tuple(plots),
-                 note="The paper's ranges of 32 layers, scaled: two at either end, two twice as long in the middle. At exact "
-                 "bytes all layers pay for what the range costs.")  # fmt: skip
+                 note="The paper's ranges of 32 layers, scaled: two at either end, two twice as long in the middle. At "
+                 "exact bytes all layers pay for what the range costs.")  # fmt: skip
 
 
 # --- Table 3, Figure 10: groups and outliers -----------------------------------------------------------------------
@@ -469,8 +471,8 @@ def table_3(scope: Scope) -> Table:
                    "reversed": "What finer groups gain they pay for in tokens, and more."}),
     )  # fmt: skip
     paper = (
-        "512 tokens, 4-bit KIVI, groups of 32 / 64 / 128, LongBench: Llama-3 snapkv 40.4 39.6 38.9, pyramidkv 40.3 39.6 38.9; "
-        "Mistral snapkv 40.4 40.3 40.1, pyramidkv 40.3 40.5 40.0. Smaller groups help Llama-3, hardly Mistral."
+        "512 tokens, 4-bit KIVI, groups of 32 / 64 / 128, LongBench: Llama-3 snapkv 40.4 39.6 38.9, pyramidkv 40.3 39.6"
+        " 38.9; Mistral snapkv 40.4 40.3 40.1, pyramidkv 40.3 40.5 40.0. Smaller groups help Llama-3, hardly Mistral."
     )
     return Table("table-3", "Table 3: group size", paper, grids, claims,
                  note="A head has 64 channels: values stay at 64 where keys have 128.")  # fmt: skip
@@ -522,35 +524,40 @@ def figure_10(scope: Scope) -> Table:
 
 # --- MiKV ----------------------------------------------------------------------------------------------------------
 
+LINE_BUDGETS = ("1/3", "1/6")
+EVICTION, ONE_WIDTH = "h2o eviction", "one width flexgen-k2v2"
+TWO_TIERS, NO_BALANCER = "16bit + mikv-k2v2", "16bit + flexgen-k2v2"
+LINE_SETTINGS = (
+    EVICTION, "snapkv eviction", "one width flexgen-k4v4", ONE_WIDTH, "16bit + mikv-k4v4", TWO_TIERS, NO_BALANCER,
+)  # fmt: skip
+
 
 def mikv(scope: Scope) -> Table:
-    def of(when: Literal["in the prompt", "later"], setting: str, budget: str) -> lines.Line:
-        return lines.Line(scope.line_model, scope.length, scope.line_contexts, when, setting, budget)
+    def of(when: str, setting: str, budget: str) -> Line:
+        return Line(scope.line_model, scope.length, scope.line_contexts, when, setting, budget)
 
     grids, claims = [], list[Claim]()
-    settings = lines.SETTINGS
-    for when in lines.WHENS:
-        grids.append(Grid(f"asked {when}", lines.BUDGETS,
-                          {name: [of(when, name, budget) for budget in lines.BUDGETS] for name in settings}))  # fmt: skip
-    tight = lines.BUDGETS[-1]
-    for when in lines.WHENS:
-        two_tiers = of(when, lines.TWO_TIERS, tight)
+    tight = LINE_BUDGETS[-1]
+    for when in WHENS:
+        rows = {name: [of(when, name, budget) for budget in LINE_BUDGETS] for name in LINE_SETTINGS}
+        grids.append(Grid(f"asked {when}", LINE_BUDGETS, rows))
+        two_tiers = of(when, TWO_TIERS, tight)
         claims += [
             Claim(f"asked {when}, {tight}: two tiers (16 bit + 2) beat h2o's eviction",
-                  over([two_tiers], [of(when, lines.EVICTION, tight)]),
+                  over([two_tiers], [of(when, EVICTION, tight)]),
                   why={"reproduced": "What is evicted cannot be recalled; a 2-bit key can be found."}),
             Claim(f"asked {when}, {tight}: they beat 2 bit for all tokens",
-                  over([two_tiers], [of(when, lines.ONE_WIDTH, tight)]),
+                  over([two_tiers], [of(when, ONE_WIDTH, tight)]),
                   why={"reproduced": "The line that is asked for is among the important ones.",
                        "not": "2 bit for all is no failure here, so there is little to win."}),
             Claim(f"asked {when}, {tight}: the balancer helps at 2 bit",
-                  over([two_tiers], [of(when, lines.NO_BALANCER, tight)]),
+                  over([two_tiers], [of(when, NO_BALANCER, tight)]),
                   why={"reproduced": "It takes the key channels' sizes out of the groups.",
-                       "not": "tiny's keys are normed per head (Qwen3), so there is little to balance."}),
+                       "not": "The keys are normed per head (Qwen3), so there is little to balance."}),
         ]  # fmt: skip
     paper = (
-        "Important tokens at 16 bit, the rest kept at 4, 3 or 2 bit, beats h2o eviction and uniform quantization at equal size; "
-        "line retrieval with an INT2 rest 64.0 -> 92.6 % with the balancer."
+        "Important tokens at 16 bit, the rest kept at 4, 3 or 2 bit, beats h2o eviction and uniform quantization at "
+        "equal size; line retrieval with an INT2 rest 64.0 -> 92.6 % with the balancer."
     )
     return Table("mikv", "MiKV: line retrieval", paper, tuple(grids), tuple(claims),
                  note=f"On {scope.line_model}: key-value lines, equal exact bytes; later: the question comes after "

@@ -1,23 +1,24 @@
 """A claim of a paper as a number that must be below zero (or near it), and what paired samples say about it.
 
-The number is a sum of cells' losses with signs, taken sample by sample, so that what all cells share (an easy context, a
-hard question) drops out. Its 95 % interval is the bootstrap over contexts that the planner uses.
+The number is a sum of cells' losses with signs, taken sample by sample, so that what all cells share (an easy context,
+a hard question) drops out. Its 95 % interval is the bootstrap over contexts that the planner uses.
 """
 
 from __future__ import annotations
 
-from collections.abc import Hashable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Literal
 
 import numpy as np
 
+from benchmarks.paper.settings import Key
 from qpkv_planner.measurement import Losses, interval
 from qpkv_runtime.plan import Interval
 
 Verdict = Literal["reproduced", "not", "reversed"]
 Aspect = Literal["all", "questions", "text", "questions over text"]
-Terms = tuple[tuple[float, Hashable], ...]
+Terms = tuple[tuple[float, Key], ...]
 
 
 @dataclass(frozen=True)
@@ -36,11 +37,11 @@ class Claim:
     why: Mapping[str, str] = field(default_factory=dict)
 
 
-def mean_of(cells: Sequence[Hashable], sign: float = 1.0) -> Terms:
+def mean_of(cells: Sequence[Key], sign: float = 1.0) -> Terms:
     return tuple((sign / len(cells), cell) for cell in cells)
 
 
-def over(these: Sequence[Hashable], those: Sequence[Hashable]) -> Terms:
+def over(these: Sequence[Key], those: Sequence[Key]) -> Terms:
     """The mean loss of these cells less that of those."""
     return mean_of(these) + mean_of(those, -1.0)
 
@@ -60,7 +61,7 @@ def judge(claim: Claim, found: Interval) -> Verdict:
     return "reversed" if found.low > claim.least else "not"
 
 
-def measured(claim: Claim, losses: Mapping[Hashable, Losses]) -> Interval | None:
+def measured(claim: Claim, losses: Mapping[Key, Losses]) -> Interval | None:
     """The claim's number with its interval, in nats; None where a cell of it has not been measured."""
     if not claim.terms or any(cell not in losses for _, cell in claim.terms):
         return None
