@@ -18,7 +18,7 @@ from qpkv_planner.measurement import Losses
 from qpkv_runtime.models.aliases import KNOWN_MODELS
 from qpkv_runtime.plan import Heads, Interval
 
-SMALL = ["--model", "tiny", "--length", "256", "--contexts", "2", "--line-contexts", "2", "--other-models"]
+SMALL = ["--model", "tiny", "--length", "320", "--contexts", "2", "--line-contexts", "2", "--other-models"]
 
 
 def losses(shift: float, noise: float = 0.0, text_shift: float = 0.0, seed: int = 0) -> Losses:

@@ -166,7 +166,7 @@ def _shaped(space: Space, preset: str, even: list[Choice]) -> Allocation:
 
 
 def scorings(cells: Sequence[Cell], section: Model) -> list[Scoring]:
-    """Every way in which these cells score tokens: sinks and window are the same but where a tight budget halves them."""
+    """Every way in which these cells score tokens; a tight budget halves sinks and window."""
     found = {Scoring.of(PRUNERS[cell.pruner].scorer, SINKS, WINDOW): None for cell in cells}
     even = (Heads.model_validate({"share": "weighted", "weights": [1.0] * section.num_kv_heads}),) * section.num_layers
     for cell in cells:
