@@ -10,17 +10,19 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 
+import numpy as np
 import torch
 from torch import Tensor
 
 from qpkv_kernels import packing
 from qpkv_runtime import scorers
 from qpkv_runtime.errors import NumericsError
-from qpkv_runtime.ledger import LayerLedger, Segment, place_bytes, quantum_tokens
+from qpkv_runtime.ledger import LayerLedger, place_bytes, quantum_tokens
 from qpkv_runtime.methods import SCORERS, ParameterValue
 from qpkv_runtime.plan import Format, Plan, Scorer, TensorFormat
-from qpkv_runtime.quantizers import KEY_QUANTIZERS, VALUE_QUANTIZERS, Encoded
+from qpkv_runtime.quantizers import KEY_QUANTIZERS, ROTATED, VALUE_QUANTIZERS, Encoded
 from qpkv_runtime.scorers import Prefill
+from qpkv_runtime.segments import Segments
 
 STORAGE_DTYPES = {"float16": torch.float16, "bfloat16": torch.bfloat16}
 LARGEST_STORED = 2.0**60  # of a bfloat16: the squares of larger ones, which scales are searched by, overflow float32
@@ -98,12 +100,14 @@ class TierTensors:
     positions: Tensor
     valid: Tensor
 
-    def of(self, rows: Tensor, heads: Tensor, num_tokens: int) -> TierTensors:
-        """The K pairs (rows[i], heads[i]) alone, [K, 1, num_tokens, ...], filled up or cut to so many tokens."""
+    def of(self, segments: Segments) -> TierTensors:
+        """What belongs to these segments, filled up or cut to the tokens that the widest has room for."""
+        num_tokens = segments.widest.capacity_tokens
 
         def taken(x: Tensor) -> Tensor:
-            x = x[rows, heads][:, None, :num_tokens]
-            return torch.nn.functional.pad(x, (0, 0) * (x.ndim - 3) + (0, num_tokens - x.shape[2]))
+            x = segments.pick(x)[:, :, :num_tokens]
+            missing = num_tokens - x.shape[2]
+            return torch.nn.functional.pad(x, (0, 0) * (x.ndim - 3) + (0, missing)) if missing else x
 
         return TierTensors(taken(self.keys), taken(self.values), taken(self.positions), taken(self.valid))
 
@@ -226,42 +230,30 @@ def write_block(block: Tensor, layout: LayerLedger, tiers: Sequence[TierTensors]
         vectors = {name: KEY_QUANTIZERS[name].head_vectors(keys, valid, query_stats) for name in layout.vector_rows}
         _put(block, layout.head_vectors.offset, torch.cat(list(vectors.values()), 2).flatten(1))
     counts = torch.stack([held.valid.sum(-1) for held in tiers], -1)  # [B, H_kv, tiers]
-    members: dict[tuple[int, int], list[tuple[int, Segment]]] = {}
     for row, held_tokens in enumerate(counts.tolist()):
-        for head, segments in enumerate(layout.place(held_tokens)):
-            for tier, segment in enumerate(segments):
+        for head, placed in enumerate(layout.place(held_tokens)):
+            for tier, segment in enumerate(placed):
                 table[row, head, tier, 0] = segment.offset
-                if segment.buffers:
-                    members.setdefault((tier, segment.capacity_tokens), []).append((row, segment))
     table[:, :, :-1, 1] = counts
-    for (tier, capacity), places in members.items():
-        rows = torch.tensor([row for row, _ in places], device=block.device)
-        heads = torch.tensor([segment.head for _, segment in places], device=block.device)
-        held = tiers[tier].of(rows, heads, capacity)
-        shape = batch_shape(len(places), num_rows, num_heads)
-        own = {name: own[rows, heads].unflatten(0, shape) for name, own in vectors.items()}
-        content = {"positions": held.positions} if layout.is_sliding else {}
-        for side, x in (("key", held.keys), ("value", held.values)):
-            format = places[0][1].format
-            x, valid = (y.flatten(0, 1).unflatten(0, shape) for y in (x, held.valid))
-            encoded = encode(layout.layer, format, side, x, valid, own)
-            bits = side_format(format, side).bits
-            content[f"{side}_codes"] = encoded.codes.flatten(2) if bits == 16 else packing.pack(encoded.codes, bits)
-            if encoded.scales.shape[-1]:
-                content[f"{side}_scales"] = encoded.scales
-            if encoded.outliers is not None and encoded.places is not None:
-                content[f"{side}_outliers"] = encoded.outliers
-                content[f"{side}_places"] = encoded.places.to(place_dtype(capacity, held.keys.shape[-1]))
-        for i, (row, segment) in enumerate(places):
-            for name, buffer in segment.buffers.items():
-                _put(block[row : row + 1], buffer.offset, content[name].flatten(0, 1)[i][None])
+    entries = table.cpu().numpy().astype(np.int64)
+    for tier, tensors in enumerate(tiers):
+        for segments in Segments.arrange(block, layout, tier, entries[:, :, tier, 0], entries[:, :, tier, 1]):
+            held, format = tensors.of(segments), layout.format_of(tier)
+            own = {name: segments.pick(vector) for name, vector in vectors.items()}
+            if layout.is_sliding:
+                segments.write("positions", held.positions)
+            for side, x in (("key", held.keys), ("value", held.values)):
+                encoded = encode(layout.layer, format, side, x, held.valid, own)
+                bits = side_format(format, side).bits
+                codes = encoded.codes.flatten(2) if bits == 16 else packing.pack(encoded.codes, bits)
+                segments.write(f"{side}_codes", codes)
+                if encoded.scales.shape[-1]:
+                    segments.write(f"{side}_scales", encoded.scales)
+                if encoded.outliers is not None and encoded.places is not None:
+                    segments.write(f"{side}_outliers", encoded.outliers)
+                    places = encoded.places.to(place_dtype(held.keys.shape[2], held.keys.shape[3]))
+                    segments.write(f"{side}_places", places)
     _put(block, layout.table.offset, table.flatten(1))
-
-
-def batch_shape(num_segments: int, num_rows: int, num_heads: int) -> tuple[int, int]:
-    """(rows, heads) as which segments of one capacity are written and read: a layer's heads together where they are
-    alike, for the quantizer whose groups span them, else one by one."""
-    return (num_rows, num_heads) if num_segments == num_rows * num_heads else (num_segments, 1)
 
 
 def _put(block: Tensor, offset: int, content: Tensor) -> None:
@@ -289,11 +281,15 @@ def encode(layer: int, format: Format, side: str, x: Tensor, valid: Tensor, vect
     return encoded
 
 
-def decode(format: Format, side: str, encoded: Encoded, vectors: HeadVectors) -> Tensor:
-    """-> float32 [B, H_kv, S, D]."""
+def decode(format: Format, side: str, encoded: Encoded, vectors: HeadVectors, is_rotated: bool = False) -> Tensor:
+    """-> float32 [B, H_kv, S, D]; is_rotated: as `ROTATED.into` maps it, which for its own codes saves the way back."""
     written = side_format(format, side)
+    own = vectors if side == "key" else {}
+    if is_rotated and written.quantizer == "rotated":
+        return ROTATED.midpoints(encoded, written)
     quantizer = (KEY_QUANTIZERS if side == "key" else VALUE_QUANTIZERS)[written.quantizer]
-    return quantizer.decode(encoded, written, vectors.get(written.quantizer) if side == "key" else None)
+    x = quantizer.decode(encoded, written, own.get(written.quantizer))
+    return ROTATED.into(x, own.get("rotated"), None) if is_rotated else x
 
 
 def read_vectors(block: Tensor, layout: LayerLedger, num_heads: int, head_size: int, dtype: torch.dtype) -> HeadVectors:

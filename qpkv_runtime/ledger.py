@@ -36,7 +36,7 @@ from functools import lru_cache
 from typing import TYPE_CHECKING
 
 from qpkv_kernels import layout
-from qpkv_runtime.methods import QUANTIZERS, group_size
+from qpkv_runtime.methods import QUANTIZERS, Axis, group_size
 
 if TYPE_CHECKING:
     from qpkv_runtime.models.shape import ModelShape
@@ -56,6 +56,15 @@ class Buffer:
     name: str
     offset: int
     size_bytes: int
+
+
+@dataclass(frozen=True)
+class Part:
+    """A stretch of a buffer whose lines grow with a segment's room. offset: bytes from the segment's start."""
+
+    offset: int
+    num_lines: int
+    line_bytes: int
 
 
 @dataclass(frozen=True)
@@ -101,10 +110,17 @@ class LayerLedger:
             return self.segment(head, tier).capacity_tokens
         return align(num_held, quantum_tokens(self.tier_formats[tier]))
 
+    def format_of(self, tier: int) -> Format:
+        """A tier's, or with -1 the reserve's."""
+        return [*self.tier_formats, self.segment(0, -1).format][tier]
+
     def segment_at(self, tier: int, capacity_tokens: int) -> Segment:
         """A segment of this tier (-1: the reserve) and capacity, its buffers at offsets from its own start."""
-        format = [*self.tier_formats, self.segment(0, -1).format][tier]
-        return _place(0, tier, format, capacity_tokens, 0, self.head_size, self.is_sliding)[0]
+        return _segment_alone(tier, self.format_of(tier), capacity_tokens, self.head_size, self.is_sliding)
+
+    def parts(self, name: str, tier: int, capacity_tokens: int) -> tuple[Part, ...]:
+        """What the buffer `name` of such a segment is made of."""
+        return _parts(name, self.segment_at(tier, capacity_tokens), self.head_size)
 
     def place(self, counts: Sequence[Sequence[int]]) -> list[list[Segment]]:
         """Every head's tier segments for one row. counts: tokens held, [H_kv][tiers]."""
@@ -174,12 +190,18 @@ def codes_bytes(bits: int, tokens: int, head_size: int) -> int:
     return NUMBER_BYTES * tokens * head_size if bits == 16 else bits * tokens * head_size // 8
 
 
+def axis_of(format: TensorFormat, side: str) -> Axis:
+    """Along what the groups of a side, "keys" or "values", run."""
+    facts = QUANTIZERS[format.quantizer]
+    return facts.key_axis if side == "keys" else facts.value_axis
+
+
 def num_groups(format: TensorFormat, side: str, tokens: int, head_size: int) -> int:
     """Groups of one head's tensor [tokens, head_size]; the last group along the axis may be partial."""
     facts = QUANTIZERS[format.quantizer]
     if facts.numbers_per_group == 0:
         return 0
-    axis = facts.key_axis if side == "keys" else facts.value_axis
+    axis = axis_of(format, side)
     group = group_size(format.quantizer, axis, format.group, tokens, head_size)
     if axis == "strided":
         return -(-tokens * head_size // group)
@@ -221,6 +243,21 @@ def _segment_layout(format: Format, tokens: int, head_size: int, is_sliding: boo
             buffers.append(Buffer(name, offset, size))
             offset = align(offset + size, BUFFER_ALIGNMENT)
     return align(offset, SEGMENT_ALIGNMENT), tuple(buffers)
+
+
+@lru_cache(maxsize=65536)
+def _segment_alone(tier: int, format: Format, tokens: int, head_size: int, is_sliding: bool) -> Segment:
+    return _place(0, tier, format, tokens, 0, head_size, is_sliding)[0]
+
+
+def _parts(name: str, segment: Segment, head_size: int) -> tuple[Part, ...]:
+    """One plane of the codes after the other; of the numbers of channels a line for each channel; else all in one."""
+    buffer, written = segment.buffers[name], segment.format.keys if name.startswith("key") else segment.format.values
+    if name.endswith("codes") and written.bits in layout.PLANES:
+        sizes = [codes_bytes(plane, segment.capacity_tokens, head_size) for plane in layout.PLANES[written.bits]]
+        return tuple(Part(buffer.offset + sum(sizes[:i]), 1, size) for i, size in enumerate(sizes))
+    num_lines = head_size if name == "key_scales" and axis_of(written, "keys") == "channel" else 1
+    return (Part(buffer.offset, num_lines, buffer.size_bytes // num_lines),)
 
 
 def vector_rows(formats: Iterable[Format]) -> dict[str, slice]:

@@ -28,7 +28,7 @@ from torch import Tensor
 
 from qpkv_kernels.hadamard import hadamard, hadamard_product
 from qpkv_runtime.methods import QUANTIZERS, Axis, group_size
-from qpkv_runtime.plan import TensorFormat
+from qpkv_runtime.plan import Format, TensorFormat
 
 
 @dataclass(frozen=True)
@@ -379,9 +379,17 @@ class Rotated:
     def _midpoint_codes(self, x: Tensor, scale: Tensor, half: int) -> Tensor:
         return _in_steps(x, scale).round_().clamp_(-half, half - 1).add_(half).to(torch.uint8)
 
+    def midpoints(self, encoded: Encoded, format: TensorFormat) -> Tensor:
+        """What `into` gave, as far as the codes tell: `decode` without the way back."""
+        return encoded.codes.float().add_(0.5 - 2 ** (format.bits - 1)).mul_(encoded.scales.float()[..., None])
+
+    def query(self, query: Tensor, vectors: Tensor) -> Tensor:
+        """float32 [B, H_kv, N, D] -> queries for keys that went `into`, whose logits are less by q . mu, which is the
+        same for every token of a head."""
+        return hadamard_product(query / vectors.float()[..., 1:, :])
+
     def decode(self, encoded: Encoded, format: TensorFormat, vectors: Tensor | None) -> Tensor:
-        midpoints = encoded.codes.float().add_(0.5 - 2 ** (format.bits - 1)).mul_(encoded.scales.float()[..., None])
-        x = hadamard_product(midpoints)
+        x = hadamard_product(self.midpoints(encoded, format))
         if vectors is not None:
             mean, gamma = vectors.float()[..., None, :, :].unbind(-2)
             x.div_(gamma).add_(mean)
@@ -400,3 +408,10 @@ VALUE_QUANTIZERS: dict[str, Quantizer] = {
     **{name: make(QUANTIZERS[name].value_axis) for name, make in _IN_GROUPS.items()},
     "rotated": ROTATED,
 }
+
+
+def sees_room(format: Format) -> bool:
+    """Whether codes depend on the empty slots behind a head's tokens, by the number of outliers, by groups that span
+    heads, or by the order of a sum's roundings: such a format is written and read segment by segment."""
+    sides = (format.keys, format.values)
+    return any(side.outliers or isinstance(KEY_QUANTIZERS[side.quantizer], Hqq) for side in sides)

@@ -11,32 +11,36 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from qpkv_kernels.layout import PLANES, word_bytes
+from qpkv_kernels.layout import PLANES, word_bytes, word_tokens
+
+WORDS = {plane: torch.int16 if word_bytes(plane) == 2 else torch.uint8 for plane in (8, 4, 2, 1)}
 
 
 def pack(codes: Tensor, bits: int) -> Tensor:
     """codes: uint8 [..., S, D] below 2**bits, S a multiple of the width's quantum -> uint8 [..., S*D*bits/8]."""
     packed, shift = [], 0
     for plane in PLANES[bits]:
-        fields = (codes >> shift) & (2**plane - 1)
-        fields = fields.unflatten(-2, (-1, word_bytes(plane), 8 // plane))  # [..., words, byte, field, D]
-        word = torch.zeros_like(fields[..., 0, :])
-        for field in range(8 // plane):
-            word |= fields[..., field, :] << (plane * field)
-        packed.append(word.transpose(-1, -2).flatten(-3))  # [..., words, D, byte]
+        fields = codes if len(PLANES[bits]) == 1 else (codes >> shift) & (2**plane - 1)
+        fields = fields.unflatten(-2, (-1, word_tokens(plane)))  # [..., words, field, D]
+        words = fields[..., 0, :].to(WORDS[plane], copy=True, memory_format=torch.contiguous_format)
+        for field in range(1, word_tokens(plane)):
+            words |= fields[..., field, :].to(WORDS[plane]) << (plane * field)
+        packed.append(words.view(torch.uint8).flatten(-2))  # [..., words, D] of the words' bytes
         shift += plane
-    return torch.cat(packed, -1)
+    return torch.cat(packed, -1) if len(packed) > 1 else packed[0]
 
 
 def unpack(packed: Tensor, bits: int, head_size: int) -> Tensor:
     """The inverse of `pack`: uint8 [..., S*D*bits/8] -> uint8 [..., S, D], D = head_size."""
     num_values = packed.shape[-1] * 8 // bits
-    codes, shift, start = None, 0, 0
+    codes: Tensor | None = None
+    shift, start = 0, 0
     for plane in PLANES[bits]:
         end = start + num_values * plane // 8
-        word = packed[..., start:end].unflatten(-1, (-1, head_size, word_bytes(plane))).transpose(-1, -2)
-        fields = torch.stack([(word >> (plane * field)) & (2**plane - 1) for field in range(8 // plane)], -2)
-        plane_codes = fields.flatten(-4, -2) << shift  # [..., words, byte, field, D] -> [..., S, D]
+        words = packed[..., start:end].view(WORDS[plane]).unflatten(-1, (-1, 1, head_size))
+        shifts = torch.arange(0, 8 * word_bytes(plane), plane, dtype=WORDS[plane], device=packed.device)[:, None]
+        fields = ((words >> shifts) & (2**plane - 1)).to(torch.uint8)  # [..., words, field, D]
+        plane_codes = fields.flatten(-3, -2) << shift if shift else fields.flatten(-3, -2)
         codes = plane_codes if codes is None else codes | plane_codes
         shift, start = shift + plane, end
     assert codes is not None
