@@ -269,13 +269,19 @@ def small_plan(model, budget, **changes):
     return make_space(model, budget, context_tokens=384, decode=Decode(reserve_tokens=64, format="16bit"), **changes)
 
 
-def test_the_full_cache_answers_alike_in_both_regimes(full):
+def test_the_full_cache_answers_alike_in_both_regimes_and_a_run_asks_it_once(tiny, needles, full, monkeypatch):
     by_id = {}
     for row in full["rows"]:
         by_id.setdefault(row["id"], []).append(row)
-    for aware, agnostic in by_id.values():
-        assert aware["answer"] == agnostic["answer"] and aware["score"] == 1
-        assert aware["cross_entropy"] == pytest.approx(agnostic["cross_entropy"], abs=1e-4)
+    agnostic = Runner(*tiny, None).row(needles[0], "agnostic")
+    assert by_id[needles[0].id][0]["answer"] == agnostic["answer"] and agnostic["score"] == 1
+    assert by_id[needles[0].id][0]["cross_entropy"] == pytest.approx(agnostic["cross_entropy"], abs=1e-4)
+    for aware, other in by_id.values():
+        assert {**aware, "regime": "agnostic"} == other
+    asked = []
+    monkeypatch.setattr(Runner, "row", lambda self, sample, regime: asked.append(regime) or agnostic)
+    evaluate(Runner(*tiny, None), needles[:1], ("aware", "agnostic"), name="tiny", quiet=True)
+    assert asked == ["aware"]
 
 
 def test_a_plan_that_keeps_everything_answers_as_the_full_cache(tiny, needles, full):
@@ -324,7 +330,7 @@ def test_an_interrupted_run_goes_on_where_it_stopped(tiny, needles, full, tmp_pa
     row = Runner.row
 
     def counted(self, sample, regime):
-        if len(answered) == 3:
+        if len(answered) == 1:
             raise InterruptedRunError
         answered.append((sample.id, regime))
         return row(self, sample, regime)
@@ -340,7 +346,7 @@ def test_an_interrupted_run_goes_on_where_it_stopped(tiny, needles, full, tmp_pa
         evaluate(*arguments[:1], needles[:1], ("aware",), name="tiny", output=output, quiet=True)
     monkeypatch.setattr(Runner, "row", lambda self, *args: answered.append((args[0].id, args[1])) or row(self, *args))
     run = evaluate(*arguments, name="tiny", output=output, quiet=True)
-    assert len(answered) == len(set(answered)) == 4
+    assert len(answered) == len(set(answered)) == 2  # the full cache is asked once for both regimes
     assert run["rows"] == full["rows"] == json.loads(output.read_text())["rows"]
     assert not partial.exists()
 
@@ -393,6 +399,10 @@ def test_the_command_prints_a_table_writes_rows_and_draws_the_map(tmp_path, caps
         (["--model", "tiny", "--suites", "longbench"], "longbench needs its data"),
         (["--model", "tiny", "--suites", "ruler", "--tasks", "qa_1"], "qa_1 needs the squad data set"),
         (["--model", "tiny", "--suites", "ruler", "--tasks", "nope"], "--tasks are of niah_single_1"),
+        (["--model", "tiny", "--suites", "niah", "--tasks", "vt"], "vt is of the suite ruler, which is not among"),
+        (["--model", "tiny", "--suites", "text", "--lengths", "3"], "raise --lengths"),
+        (["--model", "tiny", "--json", "."], "--json must be a file in an existing directory, got ."),
+        (["--model", "tiny", "--compare", "a", "b"], "leave --plan and --model out"),
         (["--model", "tiny", "--lengths", "64"], "the length is too short for the question alone"),
         (["--model", "tiny", "--lengths", "1k"], "--lengths must be whole numbers"),
         (["--model", "tiny", "--depths", "120"], "--depths must be whole numbers from 0 to 100"),
@@ -400,7 +410,7 @@ def test_the_command_prints_a_table_writes_rows_and_draws_the_map(tmp_path, caps
         (["--model", "tiny", "--samples", "0"], "--samples must be at least 1"),
         (["--model", "tiny", "--suites", "text", "--heatmap", "x.png"], "--heatmap draws the suite niah"),
         (["--model", "tiny", "--lengths", "4200", "--limit", "1"], "more than the model's context: lower --lengths"),
-        (["--compare", "no.json", "no.json"], "no.json: cannot be read as a run"),
+        (["--compare", "no.json", "no.json"], "no.json: cannot be read as a run of qpkv-eval: No such file"),
         (["--plan", "no.yaml"], "no.yaml: cannot be read as a plan"),
     ],
 )

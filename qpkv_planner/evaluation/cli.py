@@ -6,8 +6,6 @@ import argparse
 import json
 import sys
 import warnings
-from collections.abc import Callable
-from importlib import import_module
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -87,6 +85,8 @@ def main(argv: list[str] | None = None) -> int:
 def _main(argv: list[str] | None) -> int:
     args = parser().parse_args(argv)
     if args.compare:
+        if args.plan or args.model:
+            raise InputError("--compare reads two finished runs: leave --plan and --model out")
         return _compare(args)
     if args.plan is None and args.model is None:
         raise InputError("give --plan FILE, --model NAME for the full cache, or --compare (see qpkv-eval --help)")
@@ -94,9 +94,9 @@ def _main(argv: list[str] | None) -> int:
         if (value := getattr(args, name)) is not None and value < 1:
             raise InputError(f"--{name.replace('_', '-')} must be at least 1, got {value}")
     for name in ("json", "heatmap"):
-        if (path := getattr(args, name)) is not None and not path.parent.is_dir():
-            raise InputError(f"--{name} must be in an existing directory, got {path}")
-    suites = args.suites.split(",")
+        if (path := getattr(args, name)) is not None and (path.is_dir() or not path.parent.is_dir()):
+            raise InputError(f"--{name} must be a file in an existing directory, got {path}")
+    suites = list(dict.fromkeys(args.suites.split(",")))
     for suite in suites:
         if suite not in SUITES:
             raise InputError(f"a suite is one of {', '.join(SUITES)}, got {suite!r}")
@@ -144,7 +144,7 @@ def _run(args: argparse.Namespace, suites: list[str], plan: Plan | None) -> int:
 
 
 def _samples(args: argparse.Namespace, suites: list[str], plan: Plan | None, encoder: Encoder) -> list[Sample]:
-    from qpkv_planner.evaluation import longbench, ruler
+    from qpkv_planner.evaluation import longbench, niah, ruler, text
     from qpkv_planner.evaluation.samples import Options
 
     usual = DEFAULT_LENGTH if plan is None else plan.budget.context_tokens
@@ -152,6 +152,9 @@ def _samples(args: argparse.Namespace, suites: list[str], plan: Plan | None, enc
     if unknown := [task for task in tasks if task not in {**ruler.TASKS, **longbench.DATA_SETS}]:
         known = ", ".join([*ruler.TASKS, *longbench.DATA_SETS])
         raise InputError(f"--tasks are of {known}, got {unknown[0]!r}")
+    for suite, known_tasks in (("ruler", ruler.TASKS), ("longbench", longbench.DATA_SETS)):
+        if suite not in suites and (others := [task for task in tasks if task in known_tasks]):
+            raise InputError(f"--tasks {others[0]} is of the suite {suite}, which is not among --suites")
     lengths = _numbers(args.lengths, "--lengths", 1, 10**7) if args.lengths else (usual,)
 
     def options(suite: str) -> Options:
@@ -169,15 +172,19 @@ def _samples(args: argparse.Namespace, suites: list[str], plan: Plan | None, enc
             templates=ruler.load_templates(args.templates) if args.templates else {},
         )
 
+    make = {
+        "niah": niah.make_samples,
+        "ruler": ruler.make_samples,
+        "text": text.make_samples,
+        "longbench": longbench.make_samples,
+    }
     samples: list[Sample] = []
     for suite in suites:
         own = options(suite)
         if suite == "ruler" and not args.quiet:
             for line in ruler.left_out(own):
                 _say(line)
-        make: Callable[[Encoder, Options], list[Sample]]
-        make = import_module(f"qpkv_planner.evaluation.{suite}").make_samples
-        made = make(encoder, own)
+        made = make[suite](encoder, own)
         if not made:
             raise InputError(f"{suite} has no samples: none of its data is of --tasks {args.tasks}")
         samples += _spread(made, args.limit)
@@ -197,7 +204,7 @@ def _numbers(text: str, option: str, least: int, most: int) -> tuple[int, ...]:
     except ValueError:
         numbers = ()
     if not numbers or not all(least <= number <= most for number in numbers):
-        raise InputError(f"{option} must be whole numbers from {least} to {most}, such as {least},{most}, got {text!r}")
+        raise InputError(f"{option} must be whole numbers from {least} to {most}, with commas, got {text!r}")
     return numbers
 
 

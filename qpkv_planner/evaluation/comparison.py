@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -47,17 +47,14 @@ def groups(rows: Sequence[Row]) -> dict[Group, list[Row]]:
     found: dict[Group, list[Row]] = {}
     for suite, regime in dict.fromkeys((row["suite"], row["regime"]) for row in rows):
         own = [row for row in rows if (row["suite"], row["regime"]) == (suite, regime)]
-        by: list[Callable[[Row], tuple[str, str]]] = [
-            lambda row: (row["task"], str(row["length"])),
-            lambda row: (f"({row['category']})", "all"),
-            lambda row: ("(all)", "all"),
-        ]
-        for name in by:
-            together: dict[Group, list[Row]] = {}
-            for row in own:
-                together.setdefault((suite, *name(row), regime), []).append(row)
-            known = list(found.values())
-            found |= {group: some for group, some in together.items() if group[1] != "()" and some not in known}
+        wider: dict[Group, list[Row]] = {}
+        for row in own:
+            found.setdefault((suite, row["task"], str(row["length"]), regime), []).append(row)
+            if row["category"]:
+                wider.setdefault((suite, f"({row['category']})", "all", regime), []).append(row)
+        for group, together in {**wider, (suite, "(all)", "all", regime): own}.items():
+            if together not in found.values():
+                found[group] = together
     return found
 
 
@@ -65,7 +62,9 @@ def load_run(file: str) -> dict[str, Any]:
     """A run's JSON file. Raises InputError for another file."""
     try:
         run = json.loads(Path(file).read_text(encoding="utf-8"))
-    except (OSError, ValueError) as error:
+    except OSError as error:
+        raise InputError(f"{file}: cannot be read as a run of qpkv-eval: {error.strerror}") from None
+    except ValueError as error:
         raise InputError(f"{file}: cannot be read as a run of qpkv-eval: {error}") from None
     if not isinstance(run, dict) or not isinstance(run.get("rows"), list) or run.get("version") != 1:
         raise InputError(f"{file}: is not a run of qpkv-eval (--json writes one)")

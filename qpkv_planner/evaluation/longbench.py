@@ -193,7 +193,9 @@ def without_middle(
 def _lines(file: str) -> list[dict[str, Any]]:
     try:
         text = Path(file).read_text(encoding="utf-8")
-    except (OSError, UnicodeDecodeError) as error:
+    except OSError as error:
+        raise InputError(f"{file}: cannot be read: {error.strerror}") from None
+    except UnicodeDecodeError as error:
         raise InputError(f"{file}: cannot be read: {error}") from None
     lines = []
     for number, raw in enumerate(text.splitlines(), 1):

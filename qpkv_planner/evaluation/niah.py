@@ -39,7 +39,7 @@ def _make_sample(encoder: Encoder, options: Options, length: int, depth: int, in
         )
         answer, metric, new_tokens = "eat a sandwich and sit in Dolores Park on a sunny day", "word_recall", 32
     else:
-        key = f"{chance.choice(_ADJECTIVES)} {chance.choice(_NOUNS)}"
+        key = f"{chance.choice(_ADJECTIVES.split())} {chance.choice(_NOUNS.split())}"
         answer, metric, new_tokens = str(chance.randrange(10**6, 10**7)), "contains_all", 16
         before = (
             "A special magic number is hidden within the following text. Make sure to memorize it. I will quiz you "
@@ -74,37 +74,5 @@ def _make_sample(encoder: Encoder, options: Options, length: int, depth: int, in
     )
 
 
-_ADJECTIVES = [
-    "brisk",
-    "calm",
-    "daring",
-    "early",
-    "faint",
-    "gloomy",
-    "hasty",
-    "idle",
-    "keen",
-    "loyal",
-    "merry",
-    "neat",
-    "odd",
-    "plain",
-    "quaint",
-    "rusty",
-]
-_NOUNS = [
-    "acorn",
-    "barrel",
-    "cactus",
-    "dolphin",
-    "ember",
-    "falcon",
-    "goblet",
-    "harbor",
-    "icicle",
-    "jacket",
-    "kernel",
-    "lantern",
-    "meadow",
-    "nectar",
-]
+_ADJECTIVES = "brisk calm daring early faint gloomy hasty idle keen loyal merry neat odd plain quaint rusty"
+_NOUNS = "acorn barrel cactus dolphin ember falcon goblet harbor icicle jacket kernel lantern meadow nectar"

@@ -113,11 +113,14 @@ Question = tuple[str, tuple[str, ...], list[int]]  # text, right answers, places
 Draft = tuple[str, dict[str, str], tuple[str, ...]]  # the document, what the template's other fields are, the answers
 
 
-def load_templates(file: str) -> dict[str, dict[str, str]]:
-    """A YAML file such as `niah: {template: "... {context} ... {query}", answer_prefix: "..."}`; InputError if bad."""
+def load_templates(file: str) -> dict[str, Template]:
+    """The templates that a YAML file changes, whole, from lines such as
+    `niah: {template: "... {context} ... {query}", answer_prefix: "..."}`. Raises InputError."""
     try:
         given = yaml.safe_load(Path(file).read_text(encoding="utf-8"))
-    except (OSError, UnicodeDecodeError, yaml.YAMLError) as error:
+    except OSError as error:
+        raise InputError(f"{file}: cannot be read as templates: {error.strerror}") from None
+    except (UnicodeDecodeError, yaml.YAMLError) as error:
         raise InputError(f"{file}: cannot be read as templates: {' '.join(str(error).split())}") from None
     if not isinstance(given, dict):
         raise InputError(f"{file}: templates are a YAML mapping of {', '.join(TEMPLATES)}")
@@ -136,7 +139,7 @@ def load_templates(file: str) -> dict[str, dict[str, str]]:
         except (KeyError, ValueError, IndexError) as error:
             places = "{context}, {query}, {kind} and {count}"
             raise InputError(f"{file}: {family} may have {places}, got {error}") from None
-    return given
+    return {family: replace(TEMPLATES[family], **fields) for family, fields in given.items()}
 
 
 def make_samples(encoder: Encoder, options: Options) -> list[Sample]:
@@ -175,17 +178,16 @@ def _make_sample(encoder: Encoder, options: Options, name: str, length: int, ind
     def draft(size: int) -> Draft:
         return _DRAFTS[task.family](task, size, length, random.Random(seed), options, index)
 
-    def prompt(size: int) -> tuple[tuple[int, ...], tuple[int, ...]]:
-        document, fields, _ = draft(size)
-        return encoder.prompt(*_texts(template, document, fields))
-
     def fits(size: int) -> bool:
-        return size <= _MOST and sum(map(len, prompt(size))) + new_tokens <= length
+        if size > _MOST:
+            return False
+        document, fields, _ = draft(size)
+        return sum(map(len, encoder.prompt(*_texts(template, document, fields)))) + new_tokens <= length
 
     size = largest(fits, _LEAST.get(task.family, 1), f"ruler's {name} at {length} tokens")
-    context, question = prompt(size)
-    _, _, answers = draft(size)
-    prefix = _texts(template, *draft(size)[:2])[2]
+    document, fields, answers = draft(size)
+    before, after, prefix = _texts(template, document, fields)
+    context, question = encoder.prompt(before, after, prefix)
     return Sample(
         suite="ruler",
         category=task.category,
@@ -202,12 +204,7 @@ def _make_sample(encoder: Encoder, options: Options, name: str, length: int, ind
 
 
 def _template(family: str, options: Options) -> Template:
-    usual, changed = TEMPLATES[family], options.templates.get(family, {})
-    return replace(
-        usual,
-        template=changed.get("template", usual.template),
-        answer_prefix=changed.get("answer_prefix", usual.answer_prefix),
-    )
+    return options.templates.get(family, TEMPLATES[family])
 
 
 def _texts(template: Template, document: str, fields: dict[str, str]) -> tuple[str, str, str]:
@@ -354,8 +351,8 @@ def _qa_data(name: str, file: str) -> tuple[list[str], list[Question]]:
     try:
         data = json.loads(Path(file).read_text(encoding="utf-8"))
         documents, questions = _squad(data) if name == "squad" else _hotpotqa(data)
-    except (OSError, UnicodeDecodeError) as error:
-        raise InputError(f"{file}: cannot be read: {error}") from None
+    except OSError as error:
+        raise InputError(f"{file}: cannot be read: {error.strerror}") from None
     except ValueError as error:
         raise InputError(f"{file}: is not JSON: {error}") from None
     except (KeyError, TypeError, AttributeError) as error:

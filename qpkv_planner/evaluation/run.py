@@ -57,16 +57,20 @@ def evaluate(
     progress = Progress(len(todo), quiet)
     if journal.rows:
         progress.say(f"{len(journal.rows)} of {len(todo)} samples were answered before")
-    rows, suite = [], ""
+    rows: list[Row] = []
+    stage = ("", "")
     try:
         for sample, regime in todo:
-            if sample.suite != suite:
-                suite = sample.suite
-                progress.stage(suite)
-                progress.say(f"{suite}: {sum(other.suite == suite for other, _ in todo)} samples")
+            if (sample.suite, sample.task) != stage:
+                stage = (sample.suite, sample.task)
+                progress.stage(sample.suite)
+                progress.say(f"{' '.join(stage)}: {sum((s.suite, s.task) == stage for s, _ in todo)} answers")
             row = journal.rows.get((sample.id, regime))
             if row is None:
-                row = runner.row(sample, regime)
+                if rows and rows[-1]["id"] == sample.id and (plan is None or not sample.question):
+                    row = {**rows[-1], "regime": regime}  # the regimes are one
+                else:
+                    row = runner.row(sample, regime)
                 journal.append(row)
             rows.append(row)
             progress.step()

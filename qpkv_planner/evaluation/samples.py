@@ -12,11 +12,15 @@ import json
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from functools import cache, cached_property
+from typing import TYPE_CHECKING
 
 from transformers import PreTrainedTokenizerBase
 
 from qpkv_planner import texts
 from qpkv_runtime.errors import InputError
+
+if TYPE_CHECKING:
+    from qpkv_planner.evaluation.ruler import Template
 
 _DOCUMENT, _QUESTION = "\u241edocument\u241e", "\u241equestion\u241e"  # places in a rendered chat template
 
@@ -73,7 +77,7 @@ class Options:
     needle: str = "number"
     files: dict[str, str] = field(default_factory=dict)
     longbench: tuple[str, ...] = ()
-    templates: dict[str, dict[str, str]] = field(default_factory=dict)
+    templates: dict[str, Template] = field(default_factory=dict)
 
     def new_tokens(self, usual: int) -> int:
         return min(usual, self.max_new_tokens or usual)

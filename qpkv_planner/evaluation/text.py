@@ -18,11 +18,13 @@ def make_samples(encoder: Encoder, options: Options) -> list[Sample]:
     samples = []
     for length in options.lengths:
         continuation = min(options.new_tokens(CONTINUATION_TOKENS), length // 4)
+        if continuation < 1:
+            raise InputError(f"text at {length} tokens leaves no room for a continuation: raise --lengths")
         for index in range(options.num_samples):
             chance = random.Random(f"text-{options.seed}-{index}")
             sentences = haystack(chance.randrange(1000))
             tokens = (*encoder.bos, *encoder.tokens(" ".join(sentences[: length // 2])))[:length]
-            if len(tokens) < length or continuation < 1:
+            if len(tokens) < length:
                 raise InputError(f"text at {length} tokens: the texts at hand have {len(tokens)}, lower --lengths")
             split = length - continuation
             samples.append(
