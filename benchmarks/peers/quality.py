@@ -2,23 +2,34 @@
 
     qpkv-python benchmarks/peers/quality.py ours  --plan plans/tiny__1-32.yaml --contexts 8 --output run.json
     peer-python benchmarks/peers/quality.py peers --run run.json          (quality-requirements.txt's environment)
-    qpkv-python benchmarks/peers/quality.py table --run run.json
+    qpkv-python benchmarks/peers/quality.py table --run run.json --csv benchmarks/results/peers_tiny.csv
 
-`ours` makes test samples (facts in real text, asked at the prompt's end), measures the full cache, the plan and its
-uniform rival through the runtime, and writes them with the samples; `peers` adds its rows under the same limit.
+`ours` makes test samples (facts in real text, asked at the prompt's end), measures the full cache, the plans and their
+uniform rivals through the runtime, and writes them with the samples; `peers` adds its rows under the same limit, each
+as it is done, and leaves out those that are there.
 Everyone gets each prompt but its last token in one prefill with a fresh cache, then the answer token by token with
 explicit positions. Bytes are those of the tensors that live after the answer, floats counted as 16 bit (all run in
 float32): answers are paid for by everyone. A press keeps the most tokens for which that stays within the limit; a
 QuantizedCache only takes whole groups. kvpress scores the unquantized prompt, then what it keeps is quantized once.
-AdaKV only masks: its tensors stay whole, `masked_bytes` says what the unmasked would weigh.
+AdaKV and KVzip only mask: their tensors stay whole, `masked_bytes` says what the unmasked would weigh. A QuantizedCache
+alone keeps every token and is over any small limit: its bytes say by how much. Presses look at 16 last queries, or at
+half of what they may keep where that is less; kvpress's pyramid falls back to SnapKV where its last layer would keep
+fewer tokens than that window (all of its rows below 1/16 at 16 bit).
+Peak memory is what the process grows by from before a prompt to its answer's end (Linux).
 """
 
 from __future__ import annotations
 
 import argparse
+import csv
+import ctypes
+import gc
 import json
+import math
+import subprocess
 import time
 from collections.abc import Callable
+from dataclasses import dataclass
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any
@@ -45,46 +56,71 @@ def answer(model: Any, prompt: list[int], continuation: list[int], prefill: Pref
     return torch.stack(logprobs), cache, prefilled - began, seconds
 
 
-def measure(
-    name: str, model: Any, samples: list[dict[str, Any]], prefill: Any, weigh: Any, full: Any
-) -> dict[str, Any]:
-    """A row: means over kinds of means over samples, as the planner's loss. full: the full cache's log-probabilities.
+@dataclass(frozen=True)
+class Answer:
+    """What came of one sample. logprobs: [C, V]; num_bytes: of the cache after it; peak_bytes: what the process grew
+    by meanwhile."""
 
-    One answer before the clock starts: quanto compiles its unpacking when it is first used.
-    """
+    logprobs: torch.Tensor
+    num_bytes: int
+    peak_bytes: int
+    prefill_seconds: float
+    seconds_per_token: float
+
+
+def answers(model: Any, samples: list[dict[str, Any]], prefill: Prefill, weigh: Callable[[Any], int]) -> list[Answer]:
+    """One more before the clock starts: quanto compiles its unpacking when it is first used."""
     answer(model, samples[0]["prompt"], samples[0]["continuation"], prefill)
+    found = []
+    for sample in samples:
+        before = forget_peak()
+        logprobs, cache, *seconds = answer(model, sample["prompt"], sample["continuation"], prefill)
+        found.append(Answer(logprobs, weigh(cache), _resident("VmHWM") - before, *seconds))
+        del cache
+    return found
+
+
+def summary(name: str, samples: list[dict[str, Any]], found: list[Answer], full: list[Answer]) -> dict[str, Any]:
+    """A row: means over kinds of means over samples, as the planner's loss."""
     rows: dict[str, list[Any]] = {}
-    heaviest, times = 0, []
-    for sample, reference in zip(samples, full or [None] * len(samples), strict=True):
-        found, cache, *seconds = answer(model, sample["prompt"], sample["continuation"], prefill)
+    for sample, one, reference in zip(samples, found, full, strict=True):
         wanted = torch.tensor(sample["continuation"])
-        ce = -found.gather(1, wanted[:, None]).mean()
-        kl = 0.0
-        if reference is not None:
-            kl = float((reference.exp() * (reference - found)).sum(-1).mean())
-        rows.setdefault(sample["kind"], []).append((float(ce), kl, float((found.argmax(-1) == wanted).all())))
-        heaviest, times = max(heaviest, weigh(cache)), [*times, seconds]
-    means = [torch.tensor(values).mean(0) for values in rows.values()]
-    exact = torch.stack([mean for kind, mean in zip(rows, means, strict=True) if kind != "text"])[:, 2].mean()
-    ce, kl, _ = torch.stack(means).mean(0).tolist()
-    prefill_seconds, decode_seconds = torch.tensor(times).mean(0).tolist()
+        ce = float(-one.logprobs.gather(1, wanted[:, None]).mean())
+        kl = float((reference.logprobs.exp() * (reference.logprobs - one.logprobs)).sum(-1).mean())
+        rows.setdefault(sample["kind"], []).append((ce, kl, float((one.logprobs.argmax(-1) == wanted).all())))
+    means = {kind: torch.tensor(values).mean(0) for kind, values in rows.items()}
+    ce, kl, _ = torch.stack(list(means.values())).mean(0).tolist()
     return {
         "name": name,
         "cross_entropy": ce,
         "kl": kl,
-        "exact": float(exact),
-        "bytes": heaviest,
-        "prefill_seconds": prefill_seconds,
-        "seconds_per_token": decode_seconds,
+        "exact": float(torch.stack([mean[2] for kind, mean in means.items() if kind != "text"]).mean()),
+        "bytes": max(one.num_bytes for one in found),
+        "prefill_seconds": sum(one.prefill_seconds for one in found) / len(found),
+        "seconds_per_token": sum(one.seconds_per_token for one in found) / len(found),
+        "peak_bytes": max(one.peak_bytes for one in found),
         "cross_entropies": {kind: [value[0] for value in values] for kind, values in rows.items()},
     }
+
+
+def forget_peak() -> int:
+    """Bytes that are resident now; the peak counts from here."""
+    gc.collect()
+    ctypes.CDLL(None).malloc_trim(0)
+    Path("/proc/self/clear_refs").write_text("5")
+    return _resident("VmRSS")
+
+
+def _resident(what: str) -> int:
+    line = next(line for line in Path("/proc/self/status").read_text().splitlines() if line.startswith(what))
+    return int(line.split()[1]) * 1024
 
 
 def dense(cache: Any) -> int:
     return sum(layer.keys.numel() + layer.values.numel() for layer in cache.layers) * FLOAT_BYTES
 
 
-def full_cache(model: Any, samples: list[dict[str, Any]]) -> tuple[dict[str, Any], list[torch.Tensor]]:
+def full_cache(model: Any, samples: list[dict[str, Any]]) -> list[Answer]:
     from transformers import DynamicCache
 
     def prefill(ids: torch.Tensor) -> Any:
@@ -92,8 +128,7 @@ def full_cache(model: Any, samples: list[dict[str, Any]]) -> tuple[dict[str, Any
         model(ids, past_key_values=cache, logits_to_keep=1)
         return cache
 
-    logprobs = [answer(model, s["prompt"], s["continuation"], prefill)[0] for s in samples]
-    return measure("full cache", model, samples, prefill, dense, None), logprobs
+    return answers(model, samples, prefill, dense)
 
 
 # --- ours ----------------------------------------------------------------------------------------------------------
@@ -118,19 +153,19 @@ def ours(args: argparse.Namespace) -> None:
         for c in split.contexts
         for s in c.samples
     ]
-    _, logprobs = full_cache(model, samples)
-    losses = [
-        -float(found.gather(1, torch.tensor(s["continuation"])[:, None]).mean())
-        for found, s in zip(logprobs, samples, strict=True)
-    ]
-    kept = [i for i, sample in enumerate(samples) if sample["kind"] == "text" or losses[i] <= 1]
-    samples = [samples[i] for i in kept]  # questions that the full cache cannot answer are left out
-    row, logprobs = full_cache(model, samples)
+    kept = [
+        (sample, one)
+        for sample, one in zip(samples, full_cache(model, samples), strict=True)
+        if sample["kind"] == "text"
+        or -float(one.logprobs.gather(1, torch.tensor(sample["continuation"])[:, None]).mean()) <= 1
+    ]  # questions that the full cache cannot answer are left out
+    samples, full = ([pair[i] for pair in kept] for i in (0, 1))
     contestants = dict(zip(args.plan, plans, strict=True))
-    if plans[0].calibration is not None:
-        setting = setting_named(Space.of_plan(plans[0]), plans[0].calibration.best_uniform)
-        contestants[f"best uniform ({setting.name})"] = setting.space.plan(setting.allocation)
-    rows = [row]
+    for plan in plans:
+        if plan.calibration is not None:
+            setting = setting_named(Space.of_plan(plan), plan.calibration.best_uniform)
+            contestants[f"best uniform ({setting.name})"] = setting.space.plan(setting.allocation)
+    rows = [summary("full cache (DynamicCache)", samples, full, full)]
     for name, plan in contestants.items():
 
         def prefill(ids: torch.Tensor, plan: Any = plan) -> Any:
@@ -138,8 +173,10 @@ def ours(args: argparse.Namespace) -> None:
             model(ids, past_key_values=cache, logits_to_keep=1)
             return cache
 
-        rows.append(measure(name, model, samples, prefill, lambda cache: cache.allocated_bytes, logprobs))
-        print(json.dumps({k: v for k, v in rows[-1].items() if k != "cross_entropies"}), flush=True)
+        found = answers(model, samples, prefill, lambda cache: cache.allocated_bytes)
+        rows.append(summary(name, samples, found, full))
+        _say(rows[-1])
+    commit = subprocess.run(["git", "describe", "--always", "--dirty"], capture_output=True, text=True, check=False)
     run = {
         "model": plans[0].model.id,
         "folder": str(resolve(plans[0].model.id).path_or_id),
@@ -150,11 +187,55 @@ def ours(args: argparse.Namespace) -> None:
         "samples": samples,
         "rows": rows,
         "versions": {name: version(name) for name in ("torch", "transformers")},
+        "commit": commit.stdout.strip(),
     }
     args.output.write_text(json.dumps(run))
 
 
 # --- peers ---------------------------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class Peer:
+    """press: makes what drops a share of the tokens and looks at so many last queries (None: nothing is dropped);
+    quantized: the QuantizedCache's settings (None: 16 bit); only_masks: what is dropped stays in the tensors."""
+
+    name: str
+    press: Callable[[float, int], Any] | None = None
+    quantized: dict[str, Any] | None = None
+    only_masks: bool = False
+
+
+def contestants() -> list[Peer]:
+    import kvpress
+
+    def snapkv(share: float, window: int) -> Any:
+        return kvpress.SnapKVPress(share, window_size=window)
+
+    def kivi(bits: int) -> dict[str, Any]:
+        """True KIVI groups: keys per channel, values per token."""
+        return {"backend": "quanto", "nbits": bits, "axis_key": -1, "axis_value": 0, "q_group_size": 64}
+
+    def hqq(bits: int) -> dict[str, Any]:
+        """Groups of 64 channels of one token."""
+        return {"backend": "hqq", "nbits": bits, "axis_key": 1, "axis_value": 1, "q_group_size": 64}
+
+    return [
+        Peer("kvpress StreamingLLM", lambda share, _: kvpress.StreamingLLMPress(share)),
+        Peer("kvpress SnapKV", snapkv),
+        Peer("kvpress PyramidKV", lambda share, window: kvpress.PyramidKVPress(share, window_size=window)),
+        Peer("kvpress ExpectedAttention", lambda share, _: kvpress.ExpectedAttentionPress(share)),
+        Peer("kvpress AdaKV (SnapKV)", lambda *args: kvpress.AdaKVPress(snapkv(*args)), only_masks=True),
+        Peer("kvpress KVzip", lambda share, _: kvpress.KVzipPress(share), only_masks=True),
+        Peer("kvpress SnapKV + quanto KIVI 4 bit", snapkv, kivi(4)),
+        Peer("kvpress SnapKV + quanto KIVI 2 bit", snapkv, kivi(2)),
+        Peer("kvpress SnapKV + hqq 4 bit", snapkv, hqq(4)),
+        Peer("kvpress PyramidKV + quanto KIVI 4 bit",
+             lambda share, window: kvpress.PyramidKVPress(share, window_size=window), kivi(4)),
+        Peer("QuantizedCache, quanto KIVI 4 bit", None, kivi(4)),
+        Peer("QuantizedCache, quanto KIVI 2 bit", None, kivi(2)),
+        Peer("QuantizedCache, hqq 4 bit", None, hqq(4)),
+    ]  # fmt: skip
 
 
 def peers(args: argparse.Namespace) -> None:
@@ -164,85 +245,78 @@ def peers(args: argparse.Namespace) -> None:
     run = json.loads(args.run.read_text())
     model = AutoModelForCausalLM.from_pretrained(run["folder"], dtype=torch.float32, attn_implementation="sdpa").eval()
     samples, config = run["samples"], model.config
-    _, logprobs = full_cache(model, samples)
+    full = full_cache(model, samples)
     token_bytes = 2 * FLOAT_BYTES * config.num_key_value_heads * _head_size(config) * config.num_hidden_layers
     longest = max(len(sample["continuation"]) for sample in samples)
-    rows = []
-    for name, press, quantized in _contestants():
-        most = run["limit_bytes"] // token_bytes - longest
-        if quantized is not None:
-            most = _quantized_tokens(quantized, config, run["limit_bytes"] - longest * token_bytes)
-        if most < 1:
-            rows.append({"name": name, "does_not_fit": True})
+    run["peer_versions"] = {p: version(p) for p in ("torch", "transformers", "kvpress", "optimum-quanto", "hqq")}
+    done = {row["name"] for row in run["rows"]}
+    for peer in contestants():
+        if peer.name in done:
             continue
-        row = measure(name, model, samples, _prefill(model, press, quantized, most), _weigh, logprobs)
-        row["tokens"] = most
-        if "AdaKV" in name:
-            row["masked_bytes"] = (most + longest) * token_bytes
-        rows.append(row)
-        print(json.dumps({k: v for k, v in row.items() if k != "cross_entropies"}), flush=True)
-    names = {row["name"] for row in rows}
-    run["rows"] = [row for row in run["rows"] if row["name"] not in names] + rows
-    run["peer_versions"] = {p: version(p) for p in ("torch", "transformers", "kvpress", "optimum-quanto")}
-    args.run.write_text(json.dumps(run))
+        most = None
+        if peer.press is not None:
+            most = run["limit_bytes"] // token_bytes - longest
+            if peer.quantized is not None:
+                most = _quantized_tokens(peer.quantized, config, run["limit_bytes"] - longest * token_bytes)
+        if most is not None and most < 1:
+            row = {"name": peer.name, "does_not_fit": True}
+        else:
+            row = summary(peer.name, samples, answers(model, samples, _prefill(model, peer, most), _weigh), full)
+            row["tokens"] = most
+            if peer.only_masks and most is not None:
+                row["masked_bytes"] = (most + longest) * token_bytes
+        run["rows"].append(row)
+        _say(row)
+        args.run.write_text(json.dumps(run))
 
 
-def _contestants() -> list[tuple[str, Any, dict[str, Any] | None]]:
-    """Name, how to make a press that drops a share, and the QuantizedCache's settings (None: 16 bit)."""
-    import kvpress
-
-    def snapkv(share: float) -> Any:
-        return kvpress.SnapKVPress(share, window_size=16)
-
-    def kivi(bits: int) -> dict[str, Any]:
-        """True KIVI groups: keys per channel, values per token."""
-        return {"backend": "quanto", "nbits": bits, "axis_key": -1, "axis_value": 0, "q_group_size": 64}
-
-    return [
-        ("kvpress StreamingLLM", lambda share: kvpress.StreamingLLMPress(share), None),
-        ("kvpress SnapKV", snapkv, None),
-        ("kvpress PyramidKV", lambda share: kvpress.PyramidKVPress(share, window_size=16), None),
-        ("kvpress ExpectedAttention", lambda share: kvpress.ExpectedAttentionPress(share), None),
-        ("kvpress AdaKV (SnapKV), masks", lambda share: kvpress.AdaKVPress(snapkv(share)), None),
-        ("kvpress SnapKV + quanto KIVI 4 bit", snapkv, kivi(4)),
-        ("kvpress SnapKV + quanto KIVI 2 bit", snapkv, kivi(2)),
-    ]  # fmt: skip
+def _say(row: dict[str, Any]) -> None:
+    print(json.dumps({key: value for key, value in row.items() if key != "cross_entropies"}), flush=True)
 
 
-def _prefill(model: Any, make_press: Any, quantized: dict[str, Any] | None, most: int) -> Prefill:
-    """Score and prune over a fresh dense cache; then quantize once what is left."""
+def _prefill(model: Any, peer: Peer, most: int | None) -> Prefill:
+    """Score and prune over a fresh dense cache; then quantize once what is left. most: tokens a press may keep."""
     from transformers import DynamicCache, QuantizedCache
 
     def prefill(ids: torch.Tensor) -> Any:
         cache = DynamicCache()
-        with make_press(1 - (most + 0.5) / ids.shape[1])(model):  # half a token: presses round down
+        if peer.press is None or most is None:
             model(ids, past_key_values=cache, logits_to_keep=1)
-        if quantized is None:
+        else:
+            share = 1 - (most + 0.25) / ids.shape[1]  # some presses round down, some to the nearest
+            with peer.press(share, max(1, min(16, most // 2)))(model):
+                model(ids, past_key_values=cache, logits_to_keep=1)
+        if peer.quantized is None:
             return cache
-        packed = QuantizedCache(config=model.config, **quantized)
+        packed, step = QuantizedCache(config=model.config, **peer.quantized), _step(peer.quantized, model.config)
         for index, layer in enumerate(cache.layers):
-            packed.update(layer.keys, layer.values, index)
+            whole = layer.keys.shape[2] // step * step  # what is over waits in 16 bit, as in KIVI
+            packed.update(layer.keys[:, :, :whole], layer.values[:, :, :whole], index)
+            if whole < layer.keys.shape[2]:
+                packed.update(layer.keys[:, :, whole:], layer.values[:, :, whole:], index)
         return packed
 
     return prefill
 
 
+def _step(quantized: dict[str, Any], config: Any) -> int:
+    """Tokens that a QuantizedCache can only take as a whole: quanto's groups run over a layer's heads and tokens."""
+    group = int(quantized["q_group_size"])
+    return group // math.gcd(group, config.num_key_value_heads) if quantized["backend"] == "quanto" else 1
+
+
 def _quantized_tokens(quantized: dict[str, Any], config: Any, limit: int) -> int:
-    """The most tokens that fit: whole groups of 64 per channel over a layer's heads."""
+    """The most tokens that fit."""
     from transformers import QuantizedCache
 
-    heads, group = config.num_key_value_heads, quantized["q_group_size"]
-    most = 0
-    for tokens in range(1, 4096):
-        if heads * tokens % group:
-            continue
+    step, most = _step(quantized, config), 0
+    while True:
         packed = QuantizedCache(config=config, **quantized)
-        made = torch.randn(2, 1, heads, tokens, _head_size(config))
+        made = torch.randn(2, 1, config.num_key_value_heads, most + step, _head_size(config))
         packed.update(made[0], made[1], 0)
         if _weigh_layer(packed.layers[0]) * config.num_hidden_layers > limit:
-            break
-        most = tokens
-    return most
+            return most
+        most += step
 
 
 def _head_size(config: Any) -> int:
@@ -254,26 +328,36 @@ def _weigh(cache: Any) -> int:
 
 
 def _weigh_layer(layer: Any) -> int:
-    if not hasattr(layer, "_quantized_keys"):
-        return (layer.keys.numel() + layer.values.numel()) * FLOAT_BYTES
-    residual = (layer.keys.numel() + layer.values.numel()) * FLOAT_BYTES
-    for packed in (layer._quantized_keys, layer._quantized_values):
-        residual += packed._data._data.numel() + (packed._scale.numel() + packed._shift.numel()) * FLOAT_BYTES
-    return residual
+    dense_bytes = (layer.keys.numel() + layer.values.numel()) * FLOAT_BYTES
+    packed = [getattr(layer, name, None) for name in ("_quantized_keys", "_quantized_values")]
+    return int(dense_bytes + sum(_weigh_packed(one) for one in packed if one is not None))
+
+
+def _weigh_packed(packed: Any) -> int:
+    """Codes, scales and zeros of quanto's tensor, or of hqq's codes and what it keeps beside them."""
+    if isinstance(packed, tuple):
+        codes, meta = packed
+        beside = [value for value in meta.values() if isinstance(value, torch.Tensor)]
+    else:
+        codes, beside = packed._data._data, [packed._scale, packed._shift]
+    return int(codes.nbytes + sum(FLOAT_BYTES * tensor.numel() for tensor in beside))
 
 
 def table(args: argparse.Namespace) -> None:
     from qpkv_runtime.overview import table as columns
 
     run = json.loads(args.run.read_text())
-    lines = [["", "cross-entropy", "KL", "exact", "bytes", "of the limit", "prefill s", "ms/token"]]
+    lines = [
+        ["", "tokens", "cross-entropy", "KL", "exact", "bytes", "of the limit", "prefill s", "ms/token", "peak MB"]
+    ]
     for row in run["rows"]:
         if row.get("does_not_fit"):
-            lines.append([row["name"], "does not fit", *[""] * 6])
+            lines.append([row["name"], "does not fit", *[""] * 8])
             continue
         lines.append(
             [
-                row["name"] + (f" ({row['tokens']} tokens)" if "tokens" in row else ""),
+                row["name"],
+                str(row.get("tokens") or ""),
                 f"{row['cross_entropy']:.3f}",
                 f"{row['kl']:.3f}",
                 f"{100 * row['exact']:.0f} %",
@@ -281,11 +365,26 @@ def table(args: argparse.Namespace) -> None:
                 f"{100 * row['bytes'] / run['limit_bytes']:.1f} %",
                 f"{row['prefill_seconds']:.2f}",
                 f"{1000 * row['seconds_per_token']:.0f}",
+                f"{row['peak_bytes'] / 1e6:.0f}",
             ]
         )
     what = f"{run['model']}, {run['requested']} of {run['context_tokens']} tokens, {len(run['samples'])} test samples"
     print(f"{what}: limit {run['limit_bytes']:,} bytes\n")
     print("\n".join(columns(lines, left={0})))
+    if args.csv is not None:
+        where = {
+            "model": run["model"], "budget": run["requested"], "context_tokens": run["context_tokens"],
+            "limit_bytes": run["limit_bytes"], "samples": len(run["samples"]), "hardware": args.hardware, "threads": 1,
+            "commit": run["commit"], **{f"peers_{name}": value for name, value in run.get("peer_versions", {}).items()},
+        }  # fmt: skip
+        names = ["name", "tokens", "cross_entropy", "kl", "exact", "bytes", "masked_bytes", "prefill_seconds",
+                 "seconds_per_token", "peak_bytes", "does_not_fit", *where]  # fmt: skip
+        with args.csv.open("w", newline="") as file:
+            writer = csv.DictWriter(file, names, extrasaction="ignore")
+            writer.writeheader()
+            for row in run["rows"]:
+                rounded = {key: round(value, 4) if isinstance(value, float) else value for key, value in row.items()}
+                writer.writerow({**rounded, **where})
 
 
 def main() -> None:
@@ -300,6 +399,9 @@ def main() -> None:
     for name, function in (("peers", peers), ("table", table)):
         command = commands.add_parser(name)
         command.add_argument("--run", type=Path, required=True)
+        if name == "table":
+            command.add_argument("--csv", type=Path, help="write the rows here too")
+            command.add_argument("--hardware", default="", help="what it ran on, for the CSV file")
         command.set_defaults(run_command=function)
     args = parser.parse_args()
     args.run_command(args)
