@@ -114,13 +114,14 @@ def measure(
         ):
             part.append(replace(losses, contexts=(index,) * len(losses.kinds)))
         progress()
-    full, *measured = map(_joined, parts)
+    full, *measured = map(joined, parts)
     first = split.contexts[0]
     prompt = torch.tensor([first.tokens + first.samples[0].prompt], device=runs_on(model))
     return Measured(full, tuple(measured), tuple(_arena_bytes(model, plan, prompt) for plan in plans))
 
 
-def _joined(parts: Sequence[Losses]) -> Losses:
+def joined(parts: Sequence[Losses]) -> Losses:
+    """The losses of several splits or contexts as one."""
     return Losses(
         np.concatenate([part.ce for part in parts]),
         np.concatenate([part.kl for part in parts]),
