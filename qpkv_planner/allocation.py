@@ -55,6 +55,12 @@ class Choice:
         """All tiers, most important first."""
         return (*self.above, (self.tokens, self.format))
 
+    @property
+    def key(self) -> list[Any]:
+        """As a journal names it."""
+        mine = [self.tokens, self.format]
+        return [*self.above, mine] if self.above else mine
+
 
 Allocation = tuple[Choice, ...]
 
@@ -180,6 +186,13 @@ class Space:
         more = min(choice.tokens + quantum, most)
         return replace(choice, tokens=more) if more > choice.tokens else None
 
+    def scaled(self, allocation: Sequence[Choice], factor: float) -> Allocation:
+        """Every layer's last tier with about `factor` times the tokens, whatever that weighs."""
+        return tuple(
+            replace(choice, tokens=self.legal_tokens(layer, factor * choice.tokens, choice.format))
+            for layer, choice in enumerate(allocation)
+        )
+
     def least_bytes(self, formats: Sequence[str]) -> int:
         """The smallest plan in any of these formats."""
         return min(
@@ -247,10 +260,7 @@ class Space:
             if isinstance(self.heads, tuple)
             else self.heads.model_dump(),
             "decode": [self.decode.format, self.decode.reserve_tokens],
-            "layers": [
-                [*choice.above, [choice.tokens, choice.format]] if choice.above else [choice.tokens, choice.format]
-                for choice in allocation
-            ],
+            "layers": [choice.key for choice in allocation],
         }
 
     def plan(self, allocation: Sequence[Choice], calibration: Calibration | None = None) -> Plan:

@@ -1,6 +1,6 @@
 """Backward elimination: start with several times the budget and halve the layers that cost least per byte.
 
-Several layers at once, each cost measured at the current allocation, until it fits. Layers that only work together
+Several layers at once, each cost predicted at the current allocation, until it fits. Layers that only work together
 survive this; a forward greedy misses them. Every pass looks at another part of the contexts: cheaper, and harder to
 overfit.
 """
@@ -11,7 +11,8 @@ from collections.abc import Callable
 from dataclasses import dataclass, replace
 
 from qpkv_planner.allocation import Allocation, Choice, Space
-from qpkv_planner.measurement import Evaluator, Objective, cautious_change
+from qpkv_planner.linearization import FORWARDS, predicted_changes
+from qpkv_planner.measurement import Evaluator, Objective
 
 SHARE_PER_PASS = 1 / 3  # of the layers that can still give, how many are halved before costs are measured anew
 
@@ -27,25 +28,28 @@ class Pass:
 
 def eliminate(
     evaluator: Evaluator, space: Space, start: Allocation, objective: Objective, floor: int,
-    progress: Callable[[], None],
+    progress: Callable[[int], None],
 ) -> tuple[Allocation, list[Pass]]:  # fmt: skip
     """From `start`, which is over the budget, down to it, filled up exactly. No layer goes below `floor` tokens."""
     allocation = start
     passes: list[Pass] = []
     while space.bytes(allocation) > space.limit_bytes:
-        part = evaluator.parts[len(passes) % len(evaluator.parts)]
-        incumbent = evaluator.incumbent(space, allocation, [part])
-        costs = []
-        for layer, choice in enumerate(allocation):
-            fewer = space.legal_tokens(layer, max(choice.tokens / 2, min(floor, choice.tokens)), choice.format)
-            less = Choice(fewer, choice.format)
-            saved = space.layer_bytes(layer, choice) - space.layer_bytes(layer, less)
-            if saved > 0:
-                losses = evaluator.vary(space, incumbent, layer, less)
-                costs.append((cautious_change(losses, incumbent.losses, objective) / saved, layer, less))
-                progress()
-        if not costs:
+        parts = [evaluator.parts[len(passes) % len(evaluator.parts)]]
+        halves: list[list[Choice]] = []
+        for layer, mine in enumerate(allocation):
+            fewer = space.legal_tokens(layer, max(mine.tokens / 2, min(floor, mine.tokens)), mine.format)
+            less = Choice(fewer, mine.format)
+            halves.append([less] if space.layer_bytes(layer, less) < space.layer_bytes(layer, mine) else [])
+        if not any(halves):
             return shrunk(space, allocation), passes
+        loss = evaluator.evaluate(space, allocation, parts).mean(objective)
+        changes = predicted_changes(evaluator, space, allocation, halves, objective, parts)
+        progress(FORWARDS // len(evaluator.parts))
+        costs = []
+        for layer, (mine, of_layer) in enumerate(zip(allocation, changes, strict=True)):
+            for less, change in of_layer.items():
+                saved = space.layer_bytes(layer, mine) - space.layer_bytes(layer, less)
+                costs.append((change / saved, layer, less))
         costs.sort(key=lambda cost: cost[:2])
         share_before = space.bytes(allocation) / space.limit_bytes
         halved = []
@@ -54,7 +58,7 @@ def eliminate(
             halved.append(layer)
             if space.bytes(allocation) <= space.limit_bytes:
                 break
-        passes.append(Pass(incumbent.losses.mean(objective), share_before, tuple(halved)))
+        passes.append(Pass(loss, share_before, tuple(halved)))
     return space.fill(allocation), passes
 
 

@@ -1,17 +1,17 @@
-"""Trust-region knapsack: small measured changes to every layer, combined exactly under the budget.
+"""Trust-region knapsack: small changes to every layer, weighed one by one and combined exactly under the budget.
 
-At the current allocation each layer's loss is measured with more and with fewer tokens (by a factor, the radius) and
-with a step of key bits and of value bits at equal bytes, each change one standard error worse than its mean: the best
-of many noisy numbers is mostly noise. The changes that sum to the lowest predicted loss within the
-budget are a multiple-choice knapsack, solved exactly (`scipy.optimize.milp`). The sum is only a prediction: the step is
-taken if the true loss falls, else the radius is halved. Sensitivities measured at the full cache mislead, since other
-layers make up for the one that is cut; these are measured where they are used.
+At the current allocation each layer's loss is predicted (`linearization.py`) with more and with fewer tokens (by a
+factor, the radius, its square and its root) and with a step of key bits and of value bits. The changes that sum to the
+lowest loss within the budget are a multiple-choice knapsack, solved exactly (`scipy.optimize.milp`). The sum is only a
+prediction: the step is taken if the true loss falls, else the radius is halved. Sensitivities at the full cache
+mislead, since other layers make up for the one that is cut; these are taken where they are used.
 """
 
 from __future__ import annotations
 
+import math
 import random
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -20,17 +20,19 @@ from scipy.optimize import Bounds, LinearConstraint, milp
 from scipy.stats import spearmanr
 
 from qpkv_planner.allocation import Allocation, Choice, Space, format_name, format_named
-from qpkv_planner.measurement import Evaluator, Incumbent, Objective, cautious_change
+from qpkv_planner.linearization import FORWARDS, predicted_changes
+from qpkv_planner.measurement import Evaluator, Objective
 
 BITS = (2, 3, 4, 8)
-FIRST_RADIUS = 1.5
-WORTH_OTHER_BITS = 1.5  # times the least tokens: smaller layers keep their bits
+FIRST_RADIUS = 2.0
+LAST_RADIUS = 1.1  # below it a step changes next to nothing
+POWERS = (-2.0, -1.0, -0.5, 0.5, 1.0, 2.0)  # of the radius, by which a layer's tokens change
 
 
 @dataclass(frozen=True)
 class Round:
     """One round, on the search split: losses before, as the knapsack predicted and as measured; sensitivities: per
-    layer, the measured change of each alternative, by what it is ("more", "fewer", "k3v4", ...)."""
+    layer, the predicted changes of the smallest steps, by what they are (`Neighbourhood.named`)."""
 
     radius: float
     before: float
@@ -45,79 +47,78 @@ class Round:
 
 @dataclass(frozen=True)
 class Neighbourhood:
-    """The last round's incumbent and the measured change of each layer's alternatives."""
+    """An allocation and the predicted change of the loss with each layer's alternatives, itself among them."""
 
-    incumbent: Incumbent
+    allocation: Allocation
     options: tuple[dict[Choice, float], ...]
 
     @property
     def sensitivities(self) -> list[float]:
-        """Per layer, what fewer tokens add or more tokens save, whichever is larger."""
-        pairs = zip(self.incumbent.allocation, self.options, strict=True)
-        return [max(abs(c) for other, c in changes.items() if other.format == mine.format) for mine, changes in pairs]
+        """Per layer, what a step to fewer tokens adds or one to more saves, whichever is larger."""
+        return [
+            max((abs(of_layer[name]) for name in ("fewer", "more") if name in of_layer), default=0.0)
+            for of_layer in self.named
+        ]
+
+    @property
+    def named(self) -> tuple[dict[str, float], ...]:
+        """Per layer, the changes of the smallest steps: to fewer and more tokens, and to other bits ("k3v4") for about
+        the same bytes."""
+        found = []
+        for mine, changes in zip(self.allocation, self.options, strict=True):
+            by_format: dict[str, list[Choice]] = {}
+            for other in sorted((one for one in changes if one != mine), key=lambda one: one.tokens):
+                by_format.setdefault(other.format, []).append(other)
+            alike = by_format.pop(mine.format, [])
+            near = {"fewer": [one for one in alike if one.tokens < mine.tokens][-1:]}
+            near["more"] = [one for one in alike if one.tokens > mine.tokens][:1]
+            for format, others in by_format.items():
+                near[format.rpartition("-")[2]] = [others[len(others) // 2]]
+            found.append({name: changes[one] for name, ones in near.items() for one in ones})
+        return tuple(found)
 
 
 def improve(
-    evaluator: Evaluator, space: Space, start: Allocation, quantizer: str, num_rounds: int, parts_per_round: int,
-    objective: Objective, floor: int, progress: Callable[[], None],
-    accept: Callable[[Allocation], None] = lambda allocation: None,
+    evaluator: Evaluator, space: Space, start: Allocation, quantizer: str, num_rounds: int, objective: Objective,
+    floor: int, progress: Callable[[int], None], accept: Callable[[Allocation], None] = lambda allocation: None,
 ) -> tuple[Allocation, list[Round], Neighbourhood]:  # fmt: skip
     """The improved allocation, the rounds and the last one's neighbourhood. Calls `accept` with each step taken.
 
-    A round measures changes on `parts_per_round` parts of the samples, other ones than the last, and its outcome on
-    all. No layer goes below `floor` tokens.
+    No layer goes below `floor` tokens.
     """
     allocation, radius, rounds = start, FIRST_RADIUS, list[Round]()
     loss = evaluator.evaluate(space, start).mean(objective)
-    for index in range(num_rounds):
-        parts = sorted({evaluator.parts[(index + i) % len(evaluator.parts)] for i in range(parts_per_round)})
-        incumbent = evaluator.incumbent(space, allocation, parts)
-        options: list[dict[Choice, float]] = []
-        for layer, choice in enumerate(allocation):
-            changes = {choice: 0.0}
-            tries_bits = choice.tokens > WORTH_OTHER_BITS * max(floor, space.least_tokens(layer, choice.format))
-            for other in _alternatives(space, layer, choice, quantizer if tries_bits else None, radius, floor):
-                if other not in changes:
-                    losses = evaluator.vary(space, incumbent, layer, other)
-                    changes[other] = cautious_change(losses, incumbent.losses, objective)
-                    progress()
-            options.append(changes)
-        neighbourhood = Neighbourhood(incumbent, tuple(options))
+    while True:
+        wished = [_alternatives(space, i, mine, quantizer, radius, floor) for i, mine in enumerate(allocation)]
+        changes = predicted_changes(evaluator, space, allocation, wished, objective)
+        options = tuple({mine: 0.0, **others} for mine, others in zip(allocation, changes, strict=True))
+        around = Neighbourhood(allocation, options)
+        progress(FORWARDS)
         chosen, predicted_change = _solve(space, options)
         candidate = space.fill(chosen)
         measured = evaluator.evaluate(space, candidate).mean(objective)
-        rounds.append(Round(radius, loss, loss + predicted_change, measured, _named(neighbourhood)))
+        progress(1)
+        rounds.append(Round(radius, loss, loss + predicted_change, measured, around.named))
         if rounds[-1].is_accepted:
             allocation, loss = candidate, measured
             accept(allocation)
         else:
-            radius = 1 + (radius - 1) / 2
-    return allocation, rounds, neighbourhood
-
-
-def _named(around: Neighbourhood) -> tuple[dict[str, float], ...]:
-    """Each layer's measured changes by what they are."""
-    named = []
-    for mine, changes in zip(around.incumbent.allocation, around.options, strict=True):
-        of_layer = {}
-        for other, change in changes.items():
-            if other != mine:
-                tokens = "more" if other.tokens > mine.tokens else "fewer"
-                of_layer[tokens if other.format == mine.format else other.format.rpartition("-")[2]] = change
-        named.append(of_layer)
-    return tuple(named)
+            radius = math.sqrt(radius)
+        if len(rounds) == num_rounds or radius < LAST_RADIUS:
+            return allocation, rounds, around
 
 
 def additivity(
     evaluator: Evaluator, space: Space, around: Neighbourhood, objective: Objective, num_plans: int, seed: int,
-    progress: Callable[[], None],
+    progress: Callable[[int], None],
 ) -> dict[str, Any]:  # fmt: skip
-    """How well the sum of single changes predicts their joint one, on random feasible plans of measured changes.
+    """How well the sum of predicted single changes tells their measured joint one, on random feasible plans.
 
     -> {"rank_correlation": Spearman's, "predicted": nats, "measured": nats}.
     """
     chance = random.Random(seed)
-    mine = around.incumbent.allocation
+    mine, parts = around.allocation, evaluator.parts[:1]
+    before = evaluator.evaluate(space, mine, parts).mean(objective)
     predicted, measured = list[float](), list[float]()
     for _ in range(50 * num_plans):
         if len(predicted) == num_plans:
@@ -130,31 +131,24 @@ def additivity(
         allocation = tuple(choice for choice, _ in chosen)
         if allocation == mine or space.bytes(allocation) > space.limit_bytes:
             continue
-        losses = evaluator.evaluate(space, allocation, around.incumbent.parts)
         predicted.append(sum(change for _, change in chosen))
-        measured.append(losses.mean(objective) - around.incumbent.losses.mean(objective))
-        progress()
-    if len(predicted) < 3:
-        return {"rank_correlation": None, "predicted": predicted, "measured": measured}
-    return {
-        "rank_correlation": float(spearmanr(predicted, measured).statistic),
-        "predicted": predicted,
-        "measured": measured,
-    }
+        measured.append(evaluator.evaluate(space, allocation, parts).mean(objective) - before)
+        progress(1)
+    correlation = float(spearmanr(predicted, measured).statistic) if len(predicted) > 2 else None
+    return {"rank_correlation": correlation, "predicted": predicted, "measured": measured}
 
 
-def _alternatives(
-    space: Space, layer: int, choice: Choice, quantizer: str | None, radius: float, floor: int
-) -> list[Choice]:
-    """More and fewer tokens, then (in this quantizer, if any) a step of bits on one side for about the same bytes."""
-    wishes = [(choice.tokens * radius, choice.format), (choice.tokens / radius, choice.format)]
-    format = format_named(choice.format)
+def _alternatives(space: Space, layer: int, mine: Choice, quantizer: str, radius: float, floor: int) -> list[Choice]:
+    """Other counts in the same format; and a step of bits on one side, for about the same bytes, more and fewer."""
+    format = format_named(mine.format)
     keys, values = format.keys.bits, format.values.bits
-    if quantizer is not None:
-        stepped = [bits for s in (-1, 1) for bits in ((next_bits(keys, s), values), (keys, next_bits(values, s)))]
-        wishes += [(choice.tokens * (keys + values) / sum(bits), format_name(quantizer, *bits)) for bits in stepped]
-    floor = min(floor, choice.tokens)
-    return [Choice(space.legal_tokens(layer, max(floor, tokens), name), name) for tokens, name in wishes]
+    wishes = [(mine.tokens * radius**power, mine.format) for power in POWERS]
+    for bits in [(next_bits(keys, s), values) for s in (-1, 1)] + [(keys, next_bits(values, s)) for s in (-1, 1)]:
+        as_many = mine.tokens * (keys + values) / sum(bits)
+        wishes += [(as_many * radius**power, format_name(quantizer, *bits)) for power in (-1.0, 0.0, 1.0)]
+    floor = min(floor, mine.tokens)
+    found = (Choice(space.legal_tokens(layer, max(floor, tokens), name), name) for tokens, name in wishes)
+    return list(dict.fromkeys(choice for choice in found if choice != mine))
 
 
 def next_bits(bits: int, step: int) -> int:
@@ -163,7 +157,7 @@ def next_bits(bits: int, step: int) -> int:
     return BITS[min(max(place + step, 0), len(BITS) - 1)]
 
 
-def _solve(space: Space, options: list[dict[Choice, float]]) -> tuple[Allocation, float]:
+def _solve(space: Space, options: Sequence[dict[Choice, float]]) -> tuple[Allocation, float]:
     """One choice per layer with the lowest sum of changes within the limit, and that sum."""
     flat = [(layer, choice, change) for layer, changes in enumerate(options) for choice, change in changes.items()]
     one_per_layer = np.zeros((len(options), len(flat)))

@@ -40,6 +40,7 @@ from qpkv_planner.grid import FORMATS, QUICK_FORMATS, Setting, make_grid, with_f
 from qpkv_planner.heads import measure_heads
 from qpkv_planner.journal import Journal
 from qpkv_planner.knapsack import additivity, improve
+from qpkv_planner.linearization import FORWARDS
 from qpkv_planner.measurement import Evaluator, Losses, Objective, OutOfTime, interval
 from qpkv_planner.prefill import Prepared, largest_number
 from qpkv_planner.progress import Progress
@@ -56,8 +57,9 @@ QUICK_CONTEXT_TOKENS = 1024
 FLOAT16_ROOM = 2.0**15  # a larger key or value in calibration and float16 could overflow on other text
 LEAST_SHARE = 4  # no layer goes below this part of the uniform setting's tokens: few contexts overfit
 
-SNAPKV = Scorer.model_validate({"name": "snapkv", "queries": 16})
-SNAPKV_MEAN = Scorer.model_validate({"name": "snapkv", "queries": 16, "kernel": 5, "pooling": "average"})
+SHORT = {"name": "snapkv", "queries": 16, "kernel": 9, "lead": 4, "pooling": "average"}
+LONG = {"name": "snapkv", "queries": 16, "kernel": 15, "lead": 7, "pooling": "average"}
+SCORERS = (Scorer.model_validate(SHORT), Scorer.model_validate(LONG))
 
 
 @dataclass(frozen=True)
@@ -71,13 +73,12 @@ class Effort:
     scorers: tuple[Scorer, ...]
     times_budget: float
     rounds: int
-    parts_per_round: int
     trials: int
     additivity_plans: int
 
 
-QUICK = Effort(12, 9, 3, QUICK_FORMATS, (SNAPKV, SNAPKV_MEAN), 2.5, 1, 2, 10, 0)
-THOROUGH = Effort(18, 24, 3, FORMATS, (SNAPKV, SNAPKV_MEAN), 4.0, 4, 2, 24, 24)
+QUICK = Effort(12, 9, 3, QUICK_FORMATS, SCORERS, 2.5, 2, 8, 0)
+THOROUGH = Effort(18, 24, 3, FORMATS, SCORERS, 4.0, 5, 16, 24)
 
 
 @dataclass(frozen=True)
@@ -228,11 +229,11 @@ def describe(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, name: s
 
 
 def _estimated_steps(effort: Effort, num_layers: int, num_budgets: int) -> int:
-    """Steps of progress: evaluations of about half a forward; a context's prefill counts as four."""
-    contexts = 4 * (effort.search_contexts + effort.validation_contexts)
-    passes = 3 * math.log2(effort.times_budget) * num_layers
-    grid = 2 * (len(effort.formats) + 9)
-    return int(contexts + num_budgets * (grid + passes + 3 * effort.rounds * num_layers + 2 * effort.trials + 12))
+    """Steps of progress: forwards of all samples; a context's prefill counts as one."""
+    contexts = effort.search_contexts + effort.validation_contexts
+    elimination = 5 * math.log2(effort.times_budget) * (1 + FORWARDS // effort.num_parts)
+    one_budget = len(effort.formats) + 9 + elimination + effort.rounds * (1 + FORWARDS) + effort.trials + 12
+    return int(contexts + num_budgets * (one_budget + effort.additivity_plans))
 
 
 class _Session:
@@ -375,7 +376,7 @@ class _Session:
     def _prepare(self, split: Split, scorings: list[Scoring]) -> Prepared:
         self.progress.stage(f"prefill {split.name}"[:13])
         prepared = load_or_prepare(
-            self.model, self.section, split, scorings, self.effort.num_parts, lambda: self.progress.step(4),
+            self.model, self.section, split, scorings, self.effort.num_parts, self.progress.step,
             self.cache_folder,
         )  # fmt: skip
         left_out = sum(prepared.num_unanswerable.values())
@@ -444,7 +445,7 @@ class _Search:
         start_loss = evaluator.evaluate(space, start.allocation).mean(self.objective)
         improved, rounds, around = improve(
             evaluator, space, eliminated if eliminated_loss < start_loss else start.allocation, quantizer,
-            self.effort.rounds, self.effort.parts_per_round, self.objective, floor, self.progress.step,
+            self.effort.rounds, self.objective, floor, self.progress.step,
             lambda allocation: self._keep(Candidate("knapsack", space, allocation)),
         )  # fmt: skip
         self.record["knapsack"] = [{**asdict(one), "accepted": one.is_accepted} for one in rounds]
@@ -462,7 +463,7 @@ class _Search:
         self._stage("search")
         found = search.refine(
             evaluator, search.Family(space, improved, around.sensitivities, quantizer), self.effort.trials,
-            self.objective, self.options.seed, lambda: self.progress.step(2),
+            self.objective, self.options.seed, self.progress.step,
             sampler=self.options.sampler, storage=self.options.storage, name=f"{self.space.requested} {start.format}",
         )  # fmt: skip
         self.record["optuna"] = {"trials": self.effort.trials, "finished": len(found)}
@@ -494,7 +495,7 @@ class _Search:
             losses = evaluator.evaluate(candidate.space, candidate.allocation)
             finals.append((candidate, losses))
             self._say(f"  {candidate.stage}", losses)
-            progress.step(2)
+            progress.step()
         full, uniform = evaluator.full(), finals[0][1]
         winner, losses = min(finals, key=lambda final: final[1].mean(self.objective))
         self.record["finalists"] = [{"stage": c.stage, **_means(loss)} for c, loss in finals]
@@ -558,7 +559,7 @@ class _Search:
         rows = []
         for setting in self.grid:
             rows.append((setting, evaluator.evaluate(setting.space, setting.allocation)))
-            self.progress.step(2)
+            self.progress.step()
         self._say("full cache", evaluator.full())
         best, best_losses = min(rows, key=lambda row: row[1].mean("ce"))
         self.best_uniform = Candidate(best.name, best.space, best.allocation)

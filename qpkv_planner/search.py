@@ -1,9 +1,9 @@
 """Optuna's refinement around the knapsack's allocation: a few parameters that all layers share.
 
-Layer l gets floor + c * n_l**tau * s_l**sigma tokens, n_l the knapsack's count and s_l the layer's measured
-sensitivity, in the knapsack's format with key and value bits moved by a step for all layers. c is whatever lands on the
-exact budget (`Space.project`), so every trial is feasible. A trial is first run on a part of the samples and dropped if
-it is clearly behind there.
+Layer l gets floor * mean + c * n_l**tau * s_l**sigma tokens, n_l the knapsack's count, mean that of all layers and s_l
+the layer's sensitivity, in the knapsack's format with key and value bits moved by a step for all layers. c is whatever
+lands on the exact budget (`Space.project`), so every trial is feasible. A trial is first run on a part of the samples
+and dropped if it is clearly behind there.
 """
 
 from __future__ import annotations
@@ -54,7 +54,8 @@ class Family:
         ]
         steps = parameters["key_step"], parameters["value_step"]
         formats = [_moved(choice.format, self.quantizer, *steps) for choice in self.allocation]
-        return self.space.project(weights, formats, parameters["floor"])
+        mean = sum(choice.tokens for choice in self.allocation) / len(self.allocation)
+        return self.space.project(weights, formats, parameters["floor"] * mean)
 
 
 def refine(
@@ -75,13 +76,13 @@ def refine(
         study_name=name if storage else None,
         load_if_exists=True,
     )
-    first = {"tau": 1.0, "sigma": 0.0, "floor": 0, "key_step": 0, "value_step": 0}
+    first = {"tau": 1.0, "sigma": 0.0, "floor": 0.0, "key_step": 0, "value_step": 0}
     study.enqueue_trial(first, skip_if_exists=True)
 
     def run(trial: optuna.Trial) -> float:
-        trial.suggest_float("tau", 0.3, 1.7)
-        trial.suggest_float("sigma", 0.0, 0.8)
-        trial.suggest_int("floor", 0, 60, step=4)
+        trial.suggest_float("tau", 0.6, 1.2)
+        trial.suggest_float("sigma", 0.0, 0.3)
+        trial.suggest_float("floor", 0.0, 0.4)
         trial.suggest_int("key_step", -1, 1)
         trial.suggest_int("value_step", -1, 1)
         candidate = family.member(trial.params)

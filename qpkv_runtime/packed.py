@@ -93,7 +93,6 @@ class PackedLayer:
             sides.append(decode(format, side, encoded, own, side in rotated))
         return sides[0], sides[1], segments.read("positions", torch.int32) if self.layout.is_sliding else None
 
-    @torch.no_grad()
     def attend(
         self,
         query: Tensor,
@@ -109,8 +108,11 @@ class PackedLayer:
         query [B, H, T, D], key and value [B, H_kv, T, D]; num_appended: tokens appended so far; prompt_tokens: each
         row's prompt length -> [B, H, T, D]. A new token is attended to as it is stored, so T tokens at once see what
         T single steps would: with a reserve of R, the query of appended token i sees appended tokens above i - R.
+
+        The output can be differentiated by the query, on the reference path; new keys and values count as constants.
         """
-        if use_kernels(query.device):
+        key, value = key.detach(), value.detach()
+        if not query.requires_grad and use_kernels(query.device):
             return self._attend_with_kernels(query, key, value, num_appended, prompt_tokens, scaling, softcap)
         layout, device, num_new = self.layout, query.device, query.shape[2]
         window = self.plan.model.shape.sliding_windows[layout.layer]

@@ -19,7 +19,9 @@ from qpkv_planner.calibration import CONTINUATION_TOKENS, FACTS, WORDS, make_spl
 from qpkv_planner.grid import make_setting
 from qpkv_planner.heads import measure_heads
 from qpkv_planner.knapsack import _solve
-from qpkv_planner.measurement import Evaluator, Losses, interval
+from qpkv_planner.linearization import _gradients, predicted_changes
+from qpkv_planner.measurement import Evaluator, Losses, cautious_mean, interval
+from qpkv_planner.one_row import Attended
 from qpkv_planner.planner import describe
 from qpkv_planner.prefill import ANSWERABLE_NATS, ContextRun, prepare
 from qpkv_planner.texts import SPLITS, references, speeches
@@ -131,7 +133,7 @@ def test_cached_prefill_gives_bitwise_the_kept_tokens_and_codes_of_a_fresh_one(t
                     prefill = run.prefill(layer, sample, scoring)
                     cached.prefill(prefill.query, prefill.key, prefill.value, None, prefill.scaling, None)
                     layout = fresh.ledger.layers[layer]
-                    block = evaluator._block(scored, plan, scoring, layout, allocation[layer], index)
+                    block = evaluator.block(scored, plan, scoring, layout, allocation[layer], index)
                     in_part = row - prepared.part_starts[index]
                     assert torch.equal(fresh.arena.block(layer)[0], block[in_part]), (scorer, layer)
                 row += 1
@@ -172,16 +174,58 @@ def test_head_weights_are_the_attention_that_finds_the_needle(tiny, search_split
     assert max(max(heads.weights) for heads in found) > 0.4, "some heads find needles and others do not"
 
 
-def test_starting_at_the_changed_layer_equals_a_whole_evaluation_bitwise(tiny, space, prepared):
-    evaluator = Evaluator(tiny[0], prepared)
-    allocation = uniform(space, "rotated-k4v2")
-    incumbent = evaluator.incumbent(space, allocation, [0, 2])
-    for layer in (0, 3, 7):
-        changed = Choice(space.legal_tokens(layer, 90, "rotated-k3v3"), "rotated-k3v3")
-        whole = evaluator.evaluate(space, (*allocation[:layer], changed, *allocation[layer + 1 :]), [0, 2])
-        part = evaluator.vary(space, incumbent, layer, changed)
-        assert np.array_equal(whole.ce, part.ce) and np.array_equal(whole.kl, part.kl)
-        assert not np.array_equal(part.kl, incumbent.losses.kl)
+def test_the_gradient_tells_what_a_push_to_a_layers_output_does(tiny, space, prepared):
+    """Of the last layer, behind which nothing is rounded: exactly; the samples of one part, one by one."""
+    evaluator, allocation, rows = Evaluator(tiny[0], prepared), uniform(space, "rotated-k3v3"), [0]
+    attended, gradients = _gradients(evaluator, space, allocation, "ce", rows)
+    assert len(attended) == len(gradients) == 8
+    push = 0.03 * torch.randn(gradients[-1].shape, generator=torch.Generator().manual_seed(0))
+
+    def losses(sign: int) -> torch.Tensor:
+        calls = []
+
+        def watch(what: Attended, out: torch.Tensor) -> torch.Tensor:
+            calls.append(what)
+            return out + sign * push if len(calls) == len(allocation) else out
+
+        cache = evaluator.cache(space, allocation, rows)
+        return evaluator.sample_losses(evaluator.forward(cache, evaluator.rows(rows), watch), evaluator.rows(rows))[
+            "ce"
+        ]
+
+    with torch.no_grad():
+        change = (losses(1) - losses(-1)) / 2
+    predicted = (push * gradients[-1]).sum((1, 2, 3)).double()
+    assert (change - predicted).abs().max() < 0.1 * change.abs().max()
+
+
+def test_predicted_changes_tell_the_layers_that_matter(tiny, space, prepared):
+    """Halving each layer, predicted without a forward and measured with one."""
+    evaluator, allocation = Evaluator(tiny[0], prepared), uniform(space, "rotated-k3v3")
+    halves = [
+        Choice(space.legal_tokens(i, mine.tokens / 2, mine.format), mine.format) for i, mine in enumerate(allocation)
+    ]
+    predicted = predicted_changes(evaluator, space, allocation, [[half] for half in halves], "kl")
+    before, measured = evaluator.evaluate(space, allocation), []
+    for layer, half in enumerate(halves):
+        after = evaluator.evaluate(space, (*allocation[:layer], half, *allocation[layer + 1 :]))
+        measured.append(cautious_mean(after.kl - before.kl, after.kinds))
+    found = [changes[half] for changes, half in zip(predicted, halves, strict=True)]
+    print([f"{x:+.4f} {y:+.4f}" for x, y in zip(found, measured, strict=True)])
+    assert np.corrcoef(found, measured)[0, 1] > 0.8
+
+
+def test_what_a_layer_keeps_already_is_predicted_to_change_nothing_and_nothing_is_predicted_twice(
+    tiny, space, prepared, monkeypatch
+):
+    evaluator, allocation = Evaluator(tiny[0], prepared), uniform(space, "rotated-k3v3")
+    alternatives = [[mine] for mine in allocation]
+    first = predicted_changes(evaluator, space, allocation, alternatives, "kl")
+    assert all(change == 0 for changes in first for change in changes.values())
+    spent = evaluator.spent
+    monkeypatch.setattr(Evaluator, "forward", None)
+    assert predicted_changes(evaluator, space, allocation, alternatives, "kl") == first
+    assert evaluator.spent == 2 * spent, "a resumed search counts what it asks for"
 
 
 def test_what_is_measured_is_what_the_runtime_does(tiny, space, search_split, prepared):

@@ -1,0 +1,113 @@
+"""What every alternative of every layer would do to the loss, predicted from three forwards and backwards.
+
+At an allocation, the gradient of each sample's loss with respect to every layer's attention output is taken. A layer
+that keeps something else attends to something else: its change of output, for the queries of that forward, times the
+gradient is the change of the loss to first order. That costs one layer's attention and no forward, so that dozens of
+alternatives of every layer are weighed for the price of a few evaluations.
+
+To first order alone, what a cut destroys is underestimated: losing a fact is convex. So the gradient is the mean of
+those where all layers keep half as many tokens, as many, and twice as many, a quadrature of the path on which the other
+layers change too. Keys and values of the new tokens count as constants. SmolLM2 at 1/64, 47 samples, against measured
+changes of single layers: correlation 0.96 for half the tokens (0.35 with one gradient), 0.77 for four times as many.
+
+Source: first-order (Taylor) saliency as in pruning (arXiv 1611.06440), here of cached tokens and bits.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import replace
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from torch import Tensor
+
+from qpkv_planner.allocation import Allocation, Choice, Space
+from qpkv_planner.measurement import Evaluator, Objective, cautious_mean
+from qpkv_planner.one_row import Attended
+from qpkv_runtime.compression import Scoring
+from qpkv_runtime.ledger import make_ledger
+from qpkv_runtime.packed import PackedLayer
+
+SCALES = (1.0, 0.5, 2.0)  # of all layers' tokens, where gradients are taken; the first is where changes are seen
+FORWARDS = 2 * len(SCALES)  # a backward takes about as long as a forward
+
+
+def predicted_changes(
+    evaluator: Evaluator, space: Space, allocation: Allocation, alternatives: Sequence[Sequence[Choice]],
+    objective: Objective, parts: Sequence[int] | None = None,
+) -> list[dict[Choice, float]]:  # fmt: skip
+    """For each layer, its alternatives and the change of the loss that each alone would make, in nats, one standard
+    error worse than its mean (`cautious_mean`)."""
+    parts = tuple(parts or evaluator.parts)
+
+    def measure() -> dict[str, list[float]]:
+        kinds = [evaluator.prepared.kinds[row] for row in evaluator.rows(parts)]
+        changes = _sample_changes(evaluator, space, allocation, alternatives, objective, parts)
+        return {"changes": [cautious_mean(change, kinds) for of_layer in changes for change in of_layer]}
+
+    names = [[choice.key for choice in of_layer] for of_layer in alternatives]
+    about = {"predicted": objective, "alternatives": names}
+    changes = iter(evaluator.recalled(about, space, allocation, parts, FORWARDS, measure)["changes"])
+    return [{choice: next(changes) for choice in of_layer} for of_layer in alternatives]
+
+
+def _sample_changes(
+    evaluator: Evaluator, space: Space, allocation: Allocation, alternatives: Sequence[Sequence[Choice]],
+    objective: Objective, parts: Sequence[int],
+) -> list[list[NDArray[np.float64]]]:  # fmt: skip
+    attended, gradients = _gradients(evaluator, space, allocation, objective, parts)
+    for scale in SCALES[1:]:
+        scaled = space.scaled(allocation, scale)
+        for total, more in zip(gradients, _gradients(evaluator, space, scaled, objective, parts)[1], strict=True):
+            total += more
+    before = _outputs(evaluator, space, allocation, list(range(len(allocation))), attended, parts)
+    changes: list[list[NDArray[np.float64]]] = [[] for _ in allocation]
+    for place in range(max(map(len, alternatives))):
+        layers = [layer for layer, of_layer in enumerate(alternatives) if place < len(of_layer)]
+        other = [of_layer[place] if place < len(of_layer) else allocation[i] for i, of_layer in enumerate(alternatives)]
+        for layer, out in _outputs(evaluator, space, tuple(other), layers, attended, parts).items():
+            change = ((out - before[layer]) * gradients[layer]).sum((1, 2, 3)) / len(SCALES)
+            changes[layer].append(change.double().cpu().numpy())
+    return changes
+
+
+def _gradients(
+    evaluator: Evaluator, space: Space, allocation: Allocation, objective: Objective, parts: Sequence[int]
+) -> tuple[list[Attended], list[Tensor]]:
+    """What every layer attended with, and the gradient [B, H, T, D] of each sample's loss by the layer's output."""
+    attended: list[Attended] = []
+    added: list[Tensor] = []
+
+    def watch(what: Attended, out: Tensor) -> Tensor:
+        attended.append(replace(what, query=what.query.detach(), key=what.key.detach(), value=what.value.detach()))
+        added.append(torch.zeros_like(out, requires_grad=True))
+        return out + added[-1]
+
+    rows = evaluator.rows(parts)
+    with torch.no_grad():
+        cache = evaluator.cache(space, allocation, parts)
+    with torch.enable_grad():
+        losses = evaluator.sample_losses(evaluator.forward(cache, rows, watch), rows)[objective]
+    return attended, list(torch.autograd.grad(losses.sum(), added))
+
+
+@torch.no_grad()
+def _outputs(
+    evaluator: Evaluator, space: Space, allocation: Allocation, layers: Sequence[int], attended: Sequence[Attended],
+    parts: Sequence[int],
+) -> dict[int, Tensor]:  # fmt: skip
+    """The output [B, H, T, D] of each of these layers under `allocation`, whatever the others do."""
+    plan, scoring = space.probe(allocation), Scoring.of(space.scorer, space.sinks, space.window)
+    ledger = make_ledger(plan)
+    prompt_tokens = [evaluator.prepared.prompt_tokens[row] for row in evaluator.rows(parts)]
+    outputs = {}
+    for layer in layers:
+        layout, given = ledger.layers[layer], attended[layer]
+        blocks = [evaluator.block(space, plan, scoring, layout, allocation[layer], part) for part in parts]
+        packed = PackedLayer(plan, layout, torch.cat(blocks).to(given.query.device))
+        outputs[layer] = packed.attend(
+            given.query, given.key, given.value, 0, prompt_tokens, given.scaling, given.softcap
+        )
+    return outputs
