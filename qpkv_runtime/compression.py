@@ -20,7 +20,7 @@ from qpkv_runtime.errors import NumericsError
 from qpkv_runtime.ledger import LayerLedger, place_bytes, quantum_tokens
 from qpkv_runtime.methods import SCORERS, ParameterValue
 from qpkv_runtime.plan import Format, Plan, Scorer, TensorFormat
-from qpkv_runtime.quantizers import KEY_QUANTIZERS, ROTATED, VALUE_QUANTIZERS, Encoded
+from qpkv_runtime.quantizers import KEY_QUANTIZERS, ROTATED, VALUE_QUANTIZERS, Encoded, KeyMoments
 from qpkv_runtime.scorers import Prefill
 from qpkv_runtime.segments import Segments
 
@@ -227,7 +227,8 @@ def write_block(block: Tensor, layout: LayerLedger, tiers: Sequence[TierTensors]
     vectors: HeadVectors = {}
     if layout.head_vectors is not None:
         keys, valid = torch.cat([t.keys for t in tiers], 2), torch.cat([t.valid for t in tiers], 2)
-        vectors = {name: KEY_QUANTIZERS[name].head_vectors(keys, valid, query_stats) for name in layout.vector_rows}
+        moments = KeyMoments.of(keys, valid)
+        vectors = {n: KEY_QUANTIZERS[n].head_vectors(moments, query_stats, keys.dtype) for n in layout.vector_rows}
         _put(block, layout.head_vectors.offset, torch.cat(list(vectors.values()), 2).flatten(1))
     counts = torch.stack([held.valid.sum(-1) for held in tiers], -1)  # [B, H_kv, tiers]
     for row, held_tokens in enumerate(counts.tolist()):

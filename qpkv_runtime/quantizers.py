@@ -14,6 +14,10 @@ A quantizer is a choice on four axes that know nothing of each other, so that a 
 
 The min-max code (eq. 4-5 of arXiv 2412.12706): zero = min, scale = (max - min) / (2**bits - 1). `rotated` alone has a
 symmetric code, with a scale only.
+
+These are the reference of the kernels that write a prompt (`qpkv_kernels/quantize.py`), which give the same bits. So a
+formula here is single float32 operations, each rounded once, minima and maxima; sums, which have no order of their own,
+run in float64, where the order does not show.
 """
 
 from __future__ import annotations
@@ -45,6 +49,23 @@ class Encoded:
     places: Tensor | None = None
 
 
+@dataclass(frozen=True)
+class KeyMoments:
+    """What head vectors are made of: of a head's kept keys k, per channel, the sums of k and of k**2 and the largest |k|,
+    float64 [B, H_kv, D]; count [B, H_kv], how many keys."""
+
+    count: Tensor
+    total: Tensor
+    squares: Tensor
+    largest: Tensor
+
+    @classmethod
+    def of(cls, keys: Tensor, valid: Tensor) -> KeyMoments:
+        """keys: 16-bit [B, H_kv, S, D], zero where not `valid` [B, H_kv, S]."""
+        wide = keys.double()
+        return cls(valid.sum(-1), wide.sum(-2), wide.square().sum(-2), wide.abs().amax(-2))
+
+
 class Quantizer(Protocol):
     """What every quantizer does. `vectors` is 16-bit [B, H_kv, head_vectors, D], for keys of those that store some."""
 
@@ -61,11 +82,11 @@ class Quantizer(Protocol):
         gave it returns the codes that were read."""
         ...
 
-    def head_vectors(self, keys: Tensor, valid: Tensor, query_stats: Tensor) -> Tensor:
+    def head_vectors(self, moments: KeyMoments, query_stats: Tensor, number: torch.dtype) -> Tensor:
         """What is stored of a head beside its tokens, for those quantizers whose facts say so.
 
-        keys: 16-bit [B, H_kv, S, D], all tiers; query_stats [B, H_kv, 2, D]: E q**2 over the window's queries and
-        max |q| over all -> [B, H_kv, head_vectors, D] in the keys' type.
+        moments: of the kept keys of all tiers; query_stats [B, H_kv, 2, D]: E q**2 over the window's queries and
+        max |q| over all -> [B, H_kv, head_vectors, D] of the 16-bit type `number`.
         """
         ...
 
@@ -82,7 +103,7 @@ class SixteenBit:
     def codes(self, x: Tensor, scales: Tensor, format: TensorFormat, vectors: Tensor | None) -> Tensor:
         return x.to(scales.dtype)
 
-    def head_vectors(self, keys: Tensor, valid: Tensor, query_stats: Tensor) -> Tensor:
+    def head_vectors(self, moments: KeyMoments, query_stats: Tensor, number: torch.dtype) -> Tensor:
         raise NotImplementedError
 
 
@@ -127,7 +148,8 @@ def min_max(groups: Tensor, member: Tensor, bits: int, number: torch.dtype) -> T
     high = groups.masked_fill(~member, float("-inf")).amax(-1)
     is_empty = low > high
     zero = low.masked_fill(is_empty, 0).to(number)
-    scale = ((high - low).masked_fill(is_empty, 0) / (2**bits - 1)).to(number)
+    # times the reciprocal, which is how CUDA divides by a constant: the same bits on every device
+    scale = ((high - low).masked_fill(is_empty, 0) * (1 / (2**bits - 1))).to(number)
     return torch.stack([scale, zero], -1)
 
 
@@ -168,7 +190,7 @@ def _round(groups: Tensor, scale: Tensor, zero: Tensor, bits: int) -> Tensor:
 
 def _balancer(factors: Tensor, number: torch.dtype) -> Tensor:
     """Factors of the channels [..., D], divided by their geometric mean, in the 16-bit type they are stored in."""
-    return (factors / factors.log().mean(-1, keepdim=True).exp()).clamp(2**-10, 2**10).to(number)
+    return (factors / factors.log().mean(-1, keepdim=True).exp()).clamp(2**-10, 2**10).float().to(number)
 
 
 # --- the quantizers ------------------------------------------------------------------------------------------------
@@ -193,7 +215,7 @@ class GroupQuantizer:
         """float32 [B, H_kv, S, D], the larger the sooner a value is kept apart."""
         return x.abs()
 
-    def head_vectors(self, keys: Tensor, valid: Tensor, query_stats: Tensor) -> Tensor:
+    def head_vectors(self, moments: KeyMoments, query_stats: Tensor, number: torch.dtype) -> Tensor:
         raise NotImplementedError(f"{type(self).__name__} stores no head vectors")
 
     def encode(self, x: Tensor, valid: Tensor, format: TensorFormat, vectors: Tensor | None) -> Encoded:
@@ -302,10 +324,9 @@ class Mikv(GroupQuantizer):
     channels, which changes no code and stays in range. Values are plain.
     """
 
-    def head_vectors(self, keys: Tensor, valid: Tensor, query_stats: Tensor) -> Tensor:
-        largest = keys.double().abs().masked_fill(~valid[..., None], 0).amax(-2)
-        balance = ((query_stats[..., 1, :].double() + 1e-6) / (largest + 1e-6)).sqrt()
-        return _balancer(balance, keys.dtype)[..., None, :]
+    def head_vectors(self, moments: KeyMoments, query_stats: Tensor, number: torch.dtype) -> Tensor:
+        balance = ((query_stats[..., 1, :].double() + 1e-6) / (moments.largest + 1e-6)).sqrt()
+        return _balancer(balance, number)[..., None, :]
 
     def into(self, x: Tensor, vectors: Tensor | None) -> Tensor:
         return x if vectors is None else x * vectors.float()
@@ -338,25 +359,25 @@ class Rotated:
     few clipping factors the one with the least squared error is taken per token. Scales are [S].
     """
 
-    def head_vectors(self, keys: Tensor, valid: Tensor, query_stats: Tensor) -> Tensor:
-        """(mu, gamma). Sums run in float64, so that the result does not depend on how a batch is laid out."""
-        count = valid.sum(-1)[..., None].clamp(min=1)
-        mean = (keys.sum(-2, dtype=torch.float64) / count).to(keys.dtype)
-        centred = (keys.float() - mean.float()[..., None, :]).masked_fill(~valid[..., None], 0)
-        key_moment = centred.square_().sum(-2, dtype=torch.float64) / count
-        gamma = ((query_stats[..., 0, :].double() + 1e-6) / (key_moment + 1e-6)).pow(0.25)
-        return torch.stack([mean, _balancer(gamma, keys.dtype)], -2)
+    def head_vectors(self, moments: KeyMoments, query_stats: Tensor, number: torch.dtype) -> Tensor:
+        """(mu, gamma). mu is the mean as stored, and E (k - mu)**2 is taken around that."""
+        count = moments.count.clamp(min=1)[..., None]
+        stored_mean = (moments.total / count).float().to(number)
+        mean = stored_mean.double()
+        key_moment = ((moments.squares - 2 * mean * moments.total) / count + mean.square()).clamp(min=0)
+        gamma = ((query_stats[..., 0, :].double() + 1e-6) / (key_moment + 1e-6)).sqrt().sqrt()
+        return torch.stack([stored_mean, _balancer(gamma, number)], -2)
 
     def encode(self, x: Tensor, valid: Tensor, format: TensorFormat, vectors: Tensor | None) -> Encoded:
         number, x = x.dtype, self.into(x.float(), vectors, valid)
         half = 2 ** (format.bits - 1)
-        largest, energy = x.abs().amax(-1, keepdim=True), x.square().sum(-1, keepdim=True)
+        largest, energy = x.abs().amax(-1, keepdim=True), x.square().sum(-1, keepdim=True, dtype=torch.float64)
         best_scale = best_error = None
         for clip in CLIPS[format.bits]:
             scale = (largest * (clip / half)).to(number)
             exact = _in_steps(x, scale)
-            error = (exact.round().clamp_(-half, half - 1) - exact).square_().sum(-1, keepdim=True)
-            error = torch.where(scale == 0, energy, error * scale.float().square())
+            error = (exact.round().clamp_(-half, half - 1) - exact).square_().sum(-1, keepdim=True, dtype=torch.float64)
+            error = torch.where(scale == 0, energy, error * scale.double().square())
             if best_scale is None or best_error is None:
                 best_scale, best_error = scale, error
             else:

@@ -40,7 +40,7 @@ from qpkv_runtime.models import KNOWN_MODELS
 from qpkv_runtime.models.shape import ModelShape
 from qpkv_runtime.packed import PackedLayer
 from qpkv_runtime.plan import Decode, Format, Layer, Plan, TensorFormat, Tier, parse_plan
-from qpkv_runtime.quantizers import KEY_QUANTIZERS
+from qpkv_runtime.quantizers import KEY_QUANTIZERS, KeyMoments
 
 NUMBER = 2  # bytes of a scale, a zero, a mean, a 16-bit element
 GROUPS = (None, 1, 3, 16, 64, 128, 1000)
@@ -275,9 +275,8 @@ def test_every_quantizer_writes_exactly_the_bytes_the_ledger_gives_it(format, to
     valid = torch.ones(1, heads, capacity, dtype=torch.bool)
     vectors = {}
     if layout.head_vectors is not None:
-        vectors = {
-            n: KEY_QUANTIZERS[n].head_vectors(x, valid, torch.ones(1, heads, 2, head_size)) for n in layout.vector_rows
-        }
+        moments, stats = KeyMoments.of(x, valid), torch.ones(1, heads, 2, head_size)
+        vectors = {n: KEY_QUANTIZERS[n].head_vectors(moments, stats, x.dtype) for n in layout.vector_rows}
         assert sum(v.numel() * v.element_size() for v in vectors.values()) == layout.head_vectors.size_bytes
     written = {"positions": 4 * capacity} if window else {}
     for side, bits in (("key", format.keys.bits), ("value", format.values.bits)):

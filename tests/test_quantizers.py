@@ -35,6 +35,7 @@ from qpkv_runtime.quantizers import (
     VALUE_QUANTIZERS,
     Encoded,
     GroupQuantizer,
+    KeyMoments,
     _in_groups,
 )
 
@@ -85,7 +86,7 @@ def make_vectors(side: str, name: str, x: Tensor, valid: Tensor, moment: Tensor 
     if side == "value" or QUANTIZERS[name].head_vectors == 0:
         return None
     moment = torch.linspace(0.1, 3, x.shape[-1]).expand(*x.shape[:2], -1) if moment is None else moment
-    return KEY_QUANTIZERS[name].head_vectors(x, valid, query_stats(moment))
+    return KEY_QUANTIZERS[name].head_vectors(KeyMoments.of(x, valid), query_stats(moment), x.dtype)
 
 
 def query_stats(moment: Tensor) -> Tensor:
@@ -600,7 +601,7 @@ def test_mikv_balances_keys_for_the_queries_that_read_them():
     keys[..., [5, 100]] *= 30
     valid, format, mikv = torch.ones(1, 1, 200, dtype=torch.bool), tensor_format("mikv", 3), KEY_QUANTIZERS["mikv"]
     stats = torch.stack([queries.square().mean(-2), queries.abs().amax(-2)], 2)
-    vectors = mikv.head_vectors(keys, valid, stats)
+    vectors = mikv.head_vectors(KeyMoments.of(keys, valid), stats, keys.dtype)
     expected = (queries.abs().amax(-2) / keys.float().abs().amax(-2)).sqrt()
     ratio = vectors.squeeze(-2).float() / expected
     assert torch.allclose(ratio, ratio.mean().expand_as(ratio), rtol=2**-9), "b, but for a common factor"
@@ -664,7 +665,8 @@ def test_rotation_balances_keys_for_the_queries_that_read_them():
     keys, queries = key_like(1, 1, 200, 128), gaussian(1, 1, 64, 128).float() / torch.logspace(-1, 1, 128)
     valid, format = torch.ones(1, 1, 200, dtype=torch.bool), tensor_format("rotated", 3)
     errors = []
-    for vectors in (ROTATED.head_vectors(keys, valid, query_stats(queries.square().mean(-2))), None):
+    stats = query_stats(queries.square().mean(-2))
+    for vectors in (ROTATED.head_vectors(KeyMoments.of(keys, valid), stats, keys.dtype), None):
         read = ROTATED.decode(ROTATED.encode(keys, valid, format, vectors), format, vectors)
         logits = queries @ (read - keys.float()).transpose(-1, -2)
         errors.append((logits - logits.mean(-1, keepdim=True)).square().mean().item())  # a constant drops out
@@ -677,7 +679,7 @@ def test_head_vectors_are_the_mean_of_the_kept_keys_and_a_normalized_balancer():
     valid = torch.ones(1, 2, 70, dtype=torch.bool)
     valid[0, 0, 50:] = False
     x = x.masked_fill(~valid[..., None], 0)
-    mean, gamma = ROTATED.head_vectors(x, valid, query_stats(moment)).double().unbind(-2)
+    mean, gamma = ROTATED.head_vectors(KeyMoments.of(x, valid), query_stats(moment), x.dtype).double().unbind(-2)
     for head, count in ((0, 50), (1, 70)):
         kept = x[0, head, :count].double()
         expected = (moment[0, head] / (kept - kept.mean(0)).square().mean(0)).pow(0.25)
@@ -695,7 +697,7 @@ def test_head_vectors_are_finite_without_keys_without_queries_and_with_one_token
         (key_like(1, 1, 4, 64) * 100, ~valid, flat),
         (key_like(1, 1, 1, 64), torch.ones(1, 1, 1, dtype=torch.bool), flat + 1e6),
     ):
-        vectors = ROTATED.head_vectors(x, mask, query_stats(moment))
+        vectors = ROTATED.head_vectors(KeyMoments.of(x, mask), query_stats(moment), x.dtype)
         assert bool(vectors.isfinite().all()) and bool((vectors[:, :, 1] > 0).all())
 
 
@@ -843,7 +845,8 @@ def test_a_packed_tier_reads_back_the_bits_that_encode_and_decode_give(name):
     write_block(block, layout, parts, torch.ones(2, 2, 2, 80))
     packed, vectors = PackedLayer(plan, layout, block), read_vectors(block, layout, 2, 80, torch.float16)
     kept = torch.cat([part.keys for part in parts], 2), torch.cat([part.valid for part in parts], 2)
-    assert torch.equal(vectors["rotated"], ROTATED.head_vectors(*kept, torch.ones(2, 2, 2, 80)))
+    expected = ROTATED.head_vectors(KeyMoments.of(*kept), torch.ones(2, 2, 2, 80), torch.float16)
+    assert torch.equal(vectors["rotated"], expected)
     for tier, (part, held) in enumerate(zip(parts, (11, 4), strict=True)):
         format = plan.formats[plan.layers[0].tiers[tier].format]
         keys, values, positions = packed.read(tier, packed.table()[:, :, tier], vectors)
