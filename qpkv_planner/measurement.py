@@ -24,7 +24,7 @@ from qpkv_planner.journal import Journal
 from qpkv_planner.one_row import Watch, one_row
 from qpkv_planner.prefill import Prepared
 from qpkv_runtime.cache import PlannedCache, layer_devices, runs_on
-from qpkv_runtime.compression import Scoring, TierTensors, keep, write_block
+from qpkv_runtime.compression import Scoring, compress, keep
 from qpkv_runtime.errors import NumericsError
 from qpkv_runtime.ledger import LayerLedger
 from qpkv_runtime.plan import Interval, Plan
@@ -238,23 +238,16 @@ class Evaluator:
         prepared, layer = self.prepared, self.prepared.layers[layout.layer]
         rows = slice(prepared.part_starts[part], prepared.part_starts[part + 1])
         scored = layer.scored[scoring]
-        tiers = []
-        for selection in keep(plan, layout.layer, scored.importance[rows]):
-            valid = selection.valid
-            token_rows = prepared.token_rows[rows, None].expand(-1, valid.shape[1], -1).gather(2, selection.rows)
-            heads = torch.arange(valid.shape[1], device=valid.device)[:, None]
-            padding = prepared.token_rows.shape[1] - torch.tensor(prepared.prompt_tokens[rows], device=valid.device)
-            tiers.append(
-                TierTensors(
-                    layer.keys[token_rows, heads].masked_fill_(~valid[..., None], 0),
-                    layer.values[token_rows, heads].masked_fill_(~valid[..., None], 0),
-                    (selection.rows - padding[:, None, None]).to(torch.int32),
-                    valid,
-                )
-            )
-        num_rows = prepared.part_starts[part + 1] - prepared.part_starts[part]
+        selections = keep(plan, layout.layer, scored.importance[rows])
+        token_rows = prepared.token_rows[rows]
+        num_rows, num_tokens = token_rows.shape
+        keys, values = (x.transpose(0, 1).expand(num_rows, -1, -1, -1) for x in (layer.keys, layer.values))
+        padding = [num_tokens - tokens for tokens in prepared.prompt_tokens[rows]]
         block = torch.zeros(num_rows, layout.stored_bytes, dtype=torch.uint8, device=layer.keys.device)
-        write_block(block, layout, tiers, scored.query_stats[rows])
+        compress(
+            block, layout, plan.model.storage_dtype, keys, values, selections, padding, scored.query_stats[rows],
+            token_rows,
+        )  # fmt: skip
         return block
 
     def sample_losses(self, hidden: Tensor, rows: list[int]) -> dict[str, Tensor]:

@@ -26,7 +26,7 @@ from transformers.cache_utils import Cache, CacheLayerMixin
 from qpkv_kernels.attention import causal_attention
 from qpkv_runtime.arena import Arena
 from qpkv_runtime.attention import HOW_TO_LOAD, NAME, Handle
-from qpkv_runtime.compression import Scoring, gather, keep, observe, to_storage, write_block
+from qpkv_runtime.compression import Scoring, compress, keep, observe
 from qpkv_runtime.errors import CacheError, PlanError, UnsupportedModelError
 from qpkv_runtime.ledger import LayerLedger, Ledger, make_ledger
 from qpkv_runtime.models.shape import ModelShape
@@ -117,13 +117,9 @@ class PlannedLayer(CacheLayerMixin):
                     self.scoring.window, self.scoring.sinks, value, self.parts,
                 ),
             )  # fmt: skip
-            keys, values = (
-                to_storage(self.plan.model.storage_dtype, layer, name, x)
-                for name, x in (("key", key), ("value", value))
-            )
             selections = keep(self.plan, layer, observation.importance)
-            tiers = [gather(selection, keys, values, num_padding) for selection in selections]
-            write_block(self.rows.block(layer, num_rows), self.layout, tiers, observation.query_stats)
+            block, storage_dtype = self.rows.block(layer, num_rows), self.plan.model.storage_dtype
+            compress(block, self.layout, storage_dtype, key, value, selections, num_padding, observation.query_stats)
         self.prompt_tokens = [num_tokens - padding for padding in num_padding]
         if layer == 0 and max(self.prompt_tokens) > self.plan.budget.context_tokens:
             warnings.warn(
@@ -143,7 +139,7 @@ class PlannedLayer(CacheLayerMixin):
         return out
 
     def load(self, block: Tensor, prompt_tokens: list[int]) -> None:
-        """Take over a block that `write_block` wrote (uint8 [B, stored_bytes]), as if it had been prefilled here."""
+        """Take over a block that `compress` wrote (uint8 [B, stored_bytes]), as if it had been prefilled here."""
         self.rows.block(self.layout.layer, len(prompt_tokens)).copy_(block)
         self.num_seen, self.num_appended, self.prompt_tokens = max(prompt_tokens), 0, list(prompt_tokens)
         self.is_initialized = True

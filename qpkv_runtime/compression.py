@@ -2,7 +2,8 @@
 
 The runtime calls these on the prompt it just attended to, the planner on prefills it has stored; the same tensors
 give bitwise the same kept tokens and codes. Keys and values are rounded to the plan's 16-bit type before anything is
-computed from them but scores, so a stored 16-bit prefill is as good as the live one.
+computed from them but scores, so a stored 16-bit prefill is as good as the live one. `backend.py` says which code does
+what.
 """
 
 from __future__ import annotations
@@ -16,11 +17,12 @@ from torch import Tensor
 
 from qpkv_kernels import packing
 from qpkv_runtime import scorers
+from qpkv_runtime.backend import kernels_at, write_layout, writes_with_kernels
 from qpkv_runtime.errors import NumericsError
 from qpkv_runtime.ledger import LayerLedger, place_bytes, quantum_tokens
 from qpkv_runtime.methods import SCORERS, ParameterValue
 from qpkv_runtime.plan import Format, Plan, Scorer, TensorFormat
-from qpkv_runtime.quantizers import KEY_QUANTIZERS, ROTATED, VALUE_QUANTIZERS, Encoded, KeyMoments
+from qpkv_runtime.quantizers import CLIPS, KEY_QUANTIZERS, ROTATED, VALUE_QUANTIZERS, Encoded, KeyMoments
 from qpkv_runtime.scorers import Prefill
 from qpkv_runtime.segments import Segments
 
@@ -195,31 +197,130 @@ def adaptive_tokens(ranking: Ranking, tiers: Sequence[tuple[int, int]], alpha: f
     return divided
 
 
-def gather(selection: Selection, keys: Tensor, values: Tensor, num_padding: Sequence[int]) -> TierTensors:
-    """keys, values: [B, H_kv, T, D] in any type that the result shall have."""
-    index = selection.rows[..., None].expand(-1, -1, -1, keys.shape[-1])
+def gather(
+    selection: Selection, keys: Tensor, values: Tensor, num_padding: Sequence[int], token_rows: Tensor | None = None
+) -> TierTensors:
+    """A tier's tokens in the type of `keys` and `values`; arguments as of `compress`."""
     valid = selection.valid
-    padding = torch.tensor(num_padding, device=keys.device)[:, None, None]
+    num_rows, num_heads = valid.shape[:2]
+    row = torch.arange(num_rows, device=keys.device)[:, None, None]
+    at = (row, torch.arange(num_heads, device=keys.device)[:, None], _source_rows(selection, token_rows))
     return TierTensors(
-        keys.gather(2, index).masked_fill(~valid[..., None], 0),
-        values.gather(2, index).masked_fill(~valid[..., None], 0),
-        (selection.rows - padding).to(torch.int32),
+        keys[at].masked_fill_(~valid[..., None], 0),
+        values[at].masked_fill_(~valid[..., None], 0),
+        _positions(selection, num_padding),
         valid,
     )
+
+
+def _source_rows(selection: Selection, token_rows: Tensor | None) -> Tensor:
+    """int64 [B, H_kv, S]: where keys and values hold the selected tokens."""
+    if token_rows is None:
+        return selection.rows
+    return token_rows[:, None].expand(-1, selection.rows.shape[1], -1).gather(2, selection.rows)
+
+
+def _positions(selection: Selection, num_padding: Sequence[int]) -> Tensor:
+    """int32 [B, H_kv, S]: the tokens' positions in their own rows; zero where there is none."""
+    padding = torch.tensor(num_padding, device=selection.rows.device)[:, None, None]
+    return (selection.rows - padding).masked_fill(~selection.valid, 0).to(torch.int32)
 
 
 def to_storage(storage_dtype: str, layer: int, name: str, x: Tensor) -> Tensor:
     """x in the plan's 16-bit type. Raises NumericsError naming layer and tensor when it cannot be stored there."""
     stored = x.to(STORAGE_DTYPES[storage_dtype])
-    if not bool((stored.abs() <= min(LARGEST_STORED, torch.finfo(stored.dtype).max)).all()):
-        problem = f"overflows {storage_dtype}" if bool(x.isfinite().all()) else "has NaN or Inf"
-        advice = USE_BFLOAT16 if storage_dtype == "float16" and "overflows" in problem else ""
-        raise NumericsError(f"layer {layer}: {name} must be finite to be stored, but {problem}{advice}")
+    if not bool((stored.abs() <= largest_stored(stored.dtype)).all()):
+        raise _not_storable(storage_dtype, layer, name, overflows=bool(x.isfinite().all()))
     return stored
 
 
+def largest_stored(number: torch.dtype) -> float:
+    """The largest magnitude of a key or value in this 16-bit type."""
+    return min(LARGEST_STORED, torch.finfo(number).max)
+
+
+def _not_storable(storage_dtype: str, layer: int, name: str, overflows: bool) -> NumericsError:
+    problem = f"overflows {storage_dtype}" if overflows else "has NaN or Inf"
+    advice = USE_BFLOAT16 if storage_dtype == "float16" and overflows else ""
+    return NumericsError(f"layer {layer}: {name} must be finite to be stored, but {problem}{advice}")
+
+
+def _scale_overflows(layer: int, name: str, number: torch.dtype) -> NumericsError:
+    advice = USE_BFLOAT16 if number == torch.float16 else ""
+    return NumericsError(f"layer {layer}: {name} must have finite scales, but one overflows {number}{advice}")
+
+
+def compress(
+    block: Tensor,
+    layout: LayerLedger,
+    storage_dtype: str,
+    keys: Tensor,
+    values: Tensor,
+    selections: Sequence[Selection],
+    num_padding: Sequence[int],
+    query_stats: Tensor,
+    token_rows: Tensor | None = None,
+) -> None:
+    """Write the selected tokens into `block` (uint8 [B, layout.stored_bytes]), quantized and packed, table included.
+
+    keys, values: [B, H_kv, N, D] in any float type; num_padding: left padding of each row; token_rows: int64 [B, T],
+    where along N the tokens of a row lie, None for in their order. Both backends write the same bytes.
+
+    Raises NumericsError naming layer and tensor when a kept token, or a scale of some, cannot be stored; BackendError
+    where the kernels do not cover a format.
+    """
+    if writes_with_kernels(layout, block.device):
+        _compress_with_kernels(
+            block, layout, storage_dtype, keys, values, selections, num_padding, query_stats, token_rows
+        )
+        return
+    tiers = [gather(selection, keys, values, num_padding, token_rows) for selection in selections]
+    tiers = [
+        replace(
+            held,
+            keys=to_storage(storage_dtype, layout.layer, "key", held.keys),
+            values=to_storage(storage_dtype, layout.layer, "value", held.values),
+        )
+        for held in tiers
+    ]
+    write_block(block, layout, tiers, query_stats)
+
+
+def _compress_with_kernels(
+    block: Tensor, layout: LayerLedger, storage_dtype: str, keys: Tensor, values: Tensor,
+    selections: Sequence[Selection], num_padding: Sequence[int], query_stats: Tensor, token_rows: Tensor | None,
+) -> None:  # fmt: skip
+    from qpkv_kernels import quantize
+
+    number, device = STORAGE_DTYPES[storage_dtype], block.device
+    with kernels_at(f"layer {layout.layer}, compressing {tuple(keys.shape)} {keys.dtype} keys", layout.formats):
+        to, offsets = write_layout(layout, number, device)
+        prompt = quantize.Prompt(keys, values)
+        kept = [
+            quantize.Kept(
+                _source_rows(selection, token_rows),
+                selection.counts,
+                _positions(selection, num_padding) if layout.is_sliding else None,
+            )
+            for selection in selections
+        ]
+        if layout.head_vectors is not None:
+            moments = quantize.key_moments(keys, kept, number).unbind(2)
+            count = torch.stack([selection.counts for selection in selections]).sum(0)
+            _write_vectors(block, layout, KeyMoments(count, *moments), query_stats, number)
+        problems = torch.zeros(2, dtype=torch.int32, device=device)
+        for tier, held in enumerate(kept):
+            quantize.write_tier(block, to, offsets, tier, prompt, held, problems, largest_stored(number), CLIPS)
+        found = problems.tolist()
+    for name, problem in zip(("key", "value"), found, strict=True):
+        if problem & (quantize.OVERFLOWS | quantize.NOT_FINITE):
+            raise _not_storable(storage_dtype, layout.layer, name, overflows=not problem & quantize.NOT_FINITE)
+        if problem & quantize.SCALE_OVERFLOWS:
+            raise _scale_overflows(layout.layer, name, number)
+
+
 def write_block(block: Tensor, layout: LayerLedger, tiers: Sequence[TierTensors], query_stats: Tensor) -> None:
-    """Quantize and pack one layer's tiers into `block` (uint8 [B, layout.stored_bytes]), table included."""
+    """The reference of `compress`: quantize and pack one layer's gathered tiers into `block`, in PyTorch."""
     num_rows, num_heads = tiers[0].keys.shape[:2]
     table = torch.zeros(num_rows, num_heads, layout.num_segments_per_head, 2, dtype=torch.int32, device=block.device)
     for segment in layout.segments:
@@ -227,9 +328,7 @@ def write_block(block: Tensor, layout: LayerLedger, tiers: Sequence[TierTensors]
     vectors: HeadVectors = {}
     if layout.head_vectors is not None:
         keys, valid = torch.cat([t.keys for t in tiers], 2), torch.cat([t.valid for t in tiers], 2)
-        moments = KeyMoments.of(keys, valid)
-        vectors = {n: KEY_QUANTIZERS[n].head_vectors(moments, query_stats, keys.dtype) for n in layout.vector_rows}
-        _put(block, layout.head_vectors.offset, torch.cat(list(vectors.values()), 2).flatten(1))
+        vectors = _write_vectors(block, layout, KeyMoments.of(keys, valid), query_stats, keys.dtype)
     counts = torch.stack([held.valid.sum(-1) for held in tiers], -1)  # [B, H_kv, tiers]
     for row, held_tokens in enumerate(counts.tolist()):
         for head, placed in enumerate(layout.place(held_tokens)):
@@ -257,6 +356,15 @@ def write_block(block: Tensor, layout: LayerLedger, tiers: Sequence[TierTensors]
     _put(block, layout.table.offset, table.flatten(1))
 
 
+def _write_vectors(
+    block: Tensor, layout: LayerLedger, moments: KeyMoments, query_stats: Tensor, number: torch.dtype
+) -> HeadVectors:
+    assert layout.head_vectors is not None
+    vectors = {name: KEY_QUANTIZERS[name].head_vectors(moments, query_stats, number) for name in layout.vector_rows}
+    _put(block, layout.head_vectors.offset, torch.cat(list(vectors.values()), 2).flatten(1))
+    return vectors
+
+
 def _put(block: Tensor, offset: int, content: Tensor) -> None:
     """content: [B, N] of any type, written at `offset` bytes of every row."""
     as_bytes = content.contiguous().view(torch.uint8)
@@ -277,8 +385,7 @@ def encode(layer: int, format: Format, side: str, x: Tensor, valid: Tensor, vect
     quantizer = (KEY_QUANTIZERS if side == "key" else VALUE_QUANTIZERS)[written.quantizer]
     encoded = quantizer.encode(x, valid, written, vectors.get(written.quantizer) if side == "key" else None)
     if not bool(encoded.scales.isfinite().all()):
-        advice = USE_BFLOAT16 if x.dtype == torch.float16 else ""
-        raise NumericsError(f"layer {layer}: {side} must have finite scales, but one overflows {x.dtype}{advice}")
+        raise _scale_overflows(layer, side, x.dtype)
     return encoded
 
 

@@ -80,7 +80,7 @@ class Segment:
     buffers: dict[str, Buffer]
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, eq=False)  # one object for one layout (`layer_ledger`), so it can be looked up by
 class LayerLedger:
     """One layer's block."""
 
@@ -95,6 +95,15 @@ class LayerLedger:
     tier_formats: tuple[Format, ...]
     shared: Buffer | None = None  # where the tiers' segments lie if heads share adaptively; `segments`: the reserves
     head_size: int = 0
+
+    @property
+    def formats(self) -> tuple[Format, ...]:
+        """Of the tiers and the reserve."""
+        return (*self.tier_formats, self.segments[-1].format)
+
+    @property
+    def num_heads(self) -> int:
+        return len(self.segments) // (self.num_segments_per_head if self.shared is None else 1)
 
     def segment(self, head: int, tier: int) -> Segment:
         """The segment of `head` and `tier`, where it lies for every prompt; tier -1 is the reserve."""
@@ -112,7 +121,7 @@ class LayerLedger:
 
     def format_of(self, tier: int) -> Format:
         """A tier's, or with -1 the reserve's."""
-        return [*self.tier_formats, self.segment(0, -1).format][tier]
+        return self.formats[tier]
 
     def segment_at(self, tier: int, capacity_tokens: int) -> Segment:
         """A segment of this tier (-1: the reserve) and capacity, its buffers at offsets from its own start."""

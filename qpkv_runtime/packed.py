@@ -15,8 +15,12 @@ from torch import Tensor
 
 from qpkv_kernels import packing
 from qpkv_kernels.attention import attend
+<<<<<<< HEAD
 from qpkv_kernels.hadamard import hadamard_product
 from qpkv_runtime.backend import block_layout, unsupported, use_kernels
+=======
+from qpkv_runtime.backend import block_layout, kernels_at, use_kernels
+>>>>>>> 7638efd (Kernels write the kept tokens: gather, quantize and pack in one launch a side, the reference's bytes; failing kernels are named with layer, shape and format)
 from qpkv_runtime.compression import (
     STORAGE_DTYPES,
     HeadVectors,
@@ -191,10 +195,8 @@ class PackedLayer:
             new_value = self._encode_new("value", value[:, :, i : i + 1], vectors)
             self._append(new_key, new_value, num_appended + i, prompt_tokens)
             step = query[:, :, i].contiguous()
-            try:
+            with kernels_at(f"layer {layer}, decoding {tuple(query.shape)} {query.dtype}", self.layout.formats):
                 out.append(kernels.attend(step, self.block, layout, prompt + (num_appended + i), scaling, softcap))
-            except kernels.UnsupportedByKernelsError as error:
-                raise unsupported(layer, self.plan.holdings(layer), error) from None
         return torch.stack(out, 2)
 
     def _encode_new(self, side: str, x: Tensor, vectors: HeadVectors) -> Encoded:

@@ -51,8 +51,8 @@ class Encoded:
 
 @dataclass(frozen=True)
 class KeyMoments:
-    """What head vectors are made of: of a head's kept keys k, per channel, the sums of k and of k**2 and the largest |k|,
-    float64 [B, H_kv, D]; count [B, H_kv], how many keys."""
+    """What head vectors are made of: of a head's kept keys k, per channel, the sums of k and of k**2 and the largest
+    |k|, float64 [B, H_kv, D]; count [B, H_kv], how many keys."""
 
     count: Tensor
     total: Tensor
