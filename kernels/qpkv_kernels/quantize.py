@@ -113,23 +113,16 @@ def _report(PROBLEMS, found):
         tl.atomic_or(PROBLEMS, found)
 
 
-@triton.constexpr_function
-def _fields(bits: int) -> int:
-    """Tokens of one channel in a word."""
-    return quantum_tokens(bits)
-
-
 # --- codes ---------------------------------------------------------------------------------------------------------
 
 
 @triton.jit
 def _store_codes(
     CODES, codes, first, end, room, channel, is_channel,
-    BITS: tl.constexpr, TILE: tl.constexpr, C: tl.constexpr, D: tl.constexpr,
+    BITS: tl.constexpr, FIELDS: tl.constexpr, TILE: tl.constexpr, C: tl.constexpr, D: tl.constexpr,
 ):  # fmt: skip
     """Pack codes int32 [TILE, C] of tokens `first` on, up to `end`, along tokens (`packing.pack`). `first` and `end`
-    are whole words."""
-    FIELDS: tl.constexpr = _fields(BITS)
+    are whole words, of FIELDS tokens each."""
     word = tl.arange(0, TILE // FIELDS)
     at = (first // FIELDS + word)[:, None] * D + channel[None, :]
     mask = (first + word * FIELDS < end)[:, None] & is_channel[None, :]
@@ -189,9 +182,9 @@ def _write_tokens(
     SOURCE, ROWS, COUNTS, POSITIONS, OFFSETS, PLACES, BLOCK, PROBLEMS,
     row_stride, head_stride, token_stride, block_stride, num_slots, vectors, limit,
     SIDE: tl.constexpr, TIER: tl.constexpr, SEGMENTS: tl.constexpr, HEADS: tl.constexpr, D: tl.constexpr,
-    BITS: tl.constexpr, SCALES: tl.constexpr, GROUP: tl.constexpr, GROUP_PADDED: tl.constexpr, GROUPS: tl.constexpr,
-    GROUPS_PADDED: tl.constexpr, VECTORS: tl.constexpr, STORED_VECTORS: tl.constexpr, CLIPS: tl.constexpr,
-    D_BLOCK: tl.constexpr, POSITIONED: tl.constexpr, TILE: tl.constexpr, NUMBER: tl.constexpr,
+    BITS: tl.constexpr, FIELDS: tl.constexpr, SCALES: tl.constexpr, GROUP: tl.constexpr, GROUP_PADDED: tl.constexpr,
+    GROUPS: tl.constexpr, GROUPS_PADDED: tl.constexpr, VECTORS: tl.constexpr, STORED_VECTORS: tl.constexpr,
+    CLIPS: tl.constexpr, D_BLOCK: tl.constexpr, POSITIONED: tl.constexpr, TILE: tl.constexpr, NUMBER: tl.constexpr,
 ):  # fmt: skip
     """Grid (B * H_kv, tiles of TILE tokens): one side of a tier whose groups are of one token each, or that has none.
 
@@ -246,8 +239,11 @@ def _write_tokens(
             if len(CLIPS) > 1:
                 energy = tl.sum((x * x).to(tl.float64), 1)
                 least = tl.full([TILE], float("inf"), tl.float64)
-                for i in tl.static_range(len(CLIPS)):
-                    bits_here = _number_bits(largest * (CLIPS[i] / HALF), NUMBER)
+                for i in tl.range(len(CLIPS)):  # not unrolled, which would take seven times as long to compile
+                    clip = tl.full([], CLIPS[0] / HALF, tl.float32)
+                    for j in tl.static_range(1, len(CLIPS)):
+                        clip = tl.where(i == j, CLIPS[j] / HALF, clip)
+                    bits_here = _number_bits(largest * clip, NUMBER)
                     scale = _number(bits_here, NUMBER)
                     steps = _steps(x, scale[:, None])
                     # beyond the codes nothing is rounded, so clamping before it is the same
@@ -275,7 +271,7 @@ def _write_tokens(
             _store_pairs(scales_at, token[:, None] * GROUPS + g[None, :], scale, zero, is_stored)
             overflow = tl.where(is_stored, _overflows(scale, NUMBER) | _overflows(zero, NUMBER), 0)
             found = found | tl.max(tl.max(overflow, 1), 0)
-        _store_codes(codes_at, codes, first, room, room, channel, is_channel, BITS, TILE, C, D)
+        _store_codes(codes_at, codes, first, room, room, channel, is_channel, BITS, FIELDS, TILE, C, D)
     _report(PROBLEMS + SIDE, found)
 
 
@@ -284,7 +280,8 @@ def _write_channels(
     SOURCE, ROWS, COUNTS, POSITIONS, OFFSETS, PLACES, BLOCK, PROBLEMS,
     row_stride, head_stride, token_stride, block_stride, num_slots, limit,
     TIER: tl.constexpr, SEGMENTS: tl.constexpr, HEADS: tl.constexpr, D: tl.constexpr, BITS: tl.constexpr,
-    GROUP: tl.constexpr, CHANNELS: tl.constexpr, POSITIONED: tl.constexpr, TILE: tl.constexpr, NUMBER: tl.constexpr,
+    FIELDS: tl.constexpr, GROUP: tl.constexpr, CHANNELS: tl.constexpr, POSITIONED: tl.constexpr, TILE: tl.constexpr,
+    NUMBER: tl.constexpr,
 ):  # fmt: skip
     """Grid (B * H_kv, groups of GROUP tokens, runs of CHANNELS channels): the keys of a tier whose groups run along
     tokens. A group is read twice, for its range and for its codes; the second time from the cache."""
@@ -340,7 +337,7 @@ def _write_channels(
         x = _number(bits, NUMBER)
         codes = _affine_codes(x, _number(scale, NUMBER)[None, :], _number(zero, NUMBER)[None, :], BITS)
         codes = tl.where(mask, codes, 0)
-        _store_codes(codes_at, codes, first, end, room, channel, is_channel, BITS, TILE, CHANNELS, D)
+        _store_codes(codes_at, codes, first, end, room, channel, is_channel, BITS, FIELDS, TILE, CHANNELS, D)
     _report(PROBLEMS, found)
 
 
@@ -441,7 +438,7 @@ def write_launch(
     side = (segment.keys, segment.values)[index]
     constants: dict[str, Any] = {
         "TIER": tier, "SEGMENTS": len(layout.segments), "HEADS": layout.num_heads, "D": head_size, "BITS": side.bits,
-        "NUMBER": TRITON_DTYPES[layout.dtype],
+        "FIELDS": quantum_tokens(side.bits), "NUMBER": TRITON_DTYPES[layout.dtype],
     }  # fmt: skip
     if side.scales == "channel":
         if index == 1:
