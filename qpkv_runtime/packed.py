@@ -15,12 +15,8 @@ from torch import Tensor
 
 from qpkv_kernels import packing
 from qpkv_kernels.attention import attend
-<<<<<<< HEAD
 from qpkv_kernels.hadamard import hadamard_product
-from qpkv_runtime.backend import block_layout, unsupported, use_kernels
-=======
 from qpkv_runtime.backend import block_layout, kernels_at, use_kernels
->>>>>>> 7638efd (Kernels write the kept tokens: gather, quantize and pack in one launch a side, the reference's bytes; failing kernels are named with layer, shape and format)
 from qpkv_runtime.compression import (
     STORAGE_DTYPES,
     HeadVectors,
