@@ -8,7 +8,7 @@ are ways to make a wish. Integers only; nothing here has seen data.
 from __future__ import annotations
 
 import re
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, field, replace
 from functools import cached_property, lru_cache
 from typing import Any
@@ -262,6 +262,21 @@ class Space:
             "decode": [self.decode.format, self.decode.reserve_tokens],
             "layers": [choice.key for choice in allocation],
         }
+
+    @classmethod
+    def of_key(cls, key: Mapping[str, Any], model: Model, context_tokens: int) -> tuple[Space, Allocation]:
+        """The space and the allocation that `key` is of, but for the budget: what they weigh is the limit."""
+        allocation = []
+        for layer in key["layers"]:
+            *above, (tokens, format) = layer if isinstance(layer[0], (list, tuple)) else [layer]
+            allocation.append(Choice(tokens, format, tuple((tokens, format) for tokens, format in above)))
+        heads, (sinks, window), (format, reserve_tokens) = key["heads"], key["kept"], key["decode"]
+        space = cls(
+            model, "1B", context_tokens, Scorer.model_validate(key["scorer"]), sinks, window,
+            Decode(reserve_tokens=reserve_tokens, format=format),
+            tuple(map(Heads.model_validate, heads)) if isinstance(heads, list) else Heads.model_validate(heads),
+        )  # fmt: skip
+        return replace(space, requested=f"{space.bytes(allocation)}B"), tuple(allocation)
 
     def plan(self, allocation: Sequence[Choice], calibration: Calibration | None = None) -> Plan:
         """The plan of an allocation."""

@@ -7,7 +7,6 @@ import json
 import os
 import re
 import sys
-import tempfile
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -144,6 +143,10 @@ def parser() -> CommandParser:
         "pyramidkv:kivi:4bit; marked calibrated: false",
     )
     out.add_argument("--output", "-o", type=Path, metavar="FILE", help="write the plan here instead of to stdout")
+    out.add_argument(
+        "--report", type=Path, metavar="FILE",
+        help="draw the search, an .html file for browsers or a .png (needs matplotlib: extra `report`)",
+    )  # fmt: skip
     out.add_argument("--quiet", action="store_true", help="nothing on stderr but errors")
     add_loading_options(out)
     return out
@@ -200,6 +203,12 @@ def _check(arguments: argparse.Namespace) -> None:
         raise InputError("--calibration-mix is about the built-in samples: leave it away with --calibration")
     if arguments.output is not None and not arguments.output.parent.is_dir():
         raise InputError(f"--output must be in an existing directory, got {arguments.output}")
+    if arguments.report is not None:
+        if arguments.uniform:
+            raise InputError("--report draws a search, and --uniform makes none: leave one of them away")
+        from qpkv_planner.report import check_report
+
+        check_report(arguments.report)
 
 
 def _put(arguments: argparse.Namespace, text: str) -> None:
@@ -224,6 +233,7 @@ def _settings(arguments: argparse.Namespace) -> dict[str, Any]:
         "name": arguments.model,
         "study": arguments.study,
         "calibration_cache": arguments.calibration_cache,
+        "report": arguments.report,
         "quiet": arguments.quiet,
         "context_tokens": arguments.context_length,
         "calibration_tokens": arguments.calibration_length,
@@ -286,11 +296,12 @@ def _uniform(arguments: argparse.Namespace) -> str:
     ).to_yaml()
 
 
-def write_whole(path: Path, text: str) -> None:
+def write_whole(path: Path, content: str | bytes) -> None:
     """Write a file whole or not at all. Raises InputError when it cannot be written."""
+    temporary = path.with_name(f".{path.name}.{os.getpid()}")
     try:
-        with tempfile.NamedTemporaryFile("w", dir=path.parent, prefix=f".{path.name}.", delete=False) as file:
-            file.write(text)
-        os.replace(file.name, path)
+        temporary.write_bytes(content.encode() if isinstance(content, str) else content)
+        os.replace(temporary, path)
     except OSError as error:
+        temporary.unlink(missing_ok=True)
         raise InputError(f"cannot write {path}: {error.strerror}") from None

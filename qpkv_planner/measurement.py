@@ -9,8 +9,9 @@ Loss: mean over a sample's tokens, mean over the samples of a kind, mean over ki
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
+from itertools import combinations
 from typing import Any, Literal, cast
 
 import numpy as np
@@ -20,7 +21,7 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel
 
 from qpkv_planner.allocation import Allocation, Choice, Space
-from qpkv_planner.journal import Journal
+from qpkv_planner.journal import Entry, Journal
 from qpkv_planner.one_row import Watch, one_row
 from qpkv_planner.prefill import Prepared
 from qpkv_runtime.cache import PlannedCache, layer_devices, runs_on
@@ -54,6 +55,13 @@ class Losses:
     def values(self) -> dict[str, list[float]]:
         """What `of` takes."""
         return {"ce": self.ce.tolist(), "kl": self.kl.tolist(), "exact": self.exact.astype(float).tolist()}
+
+    def of_contexts(self, contexts: Iterable[int]) -> Losses:
+        """Those of the samples that belong to these contexts."""
+        wanted = set(contexts)
+        rows = [row for row, context in enumerate(self.contexts) if context in wanted]
+        kinds, own = tuple(self.kinds[row] for row in rows), tuple(self.contexts[row] for row in rows)
+        return Losses(self.ce[rows], self.kl[rows], self.exact[rows], kinds, own)
 
     def mean(self, measure: str) -> float:
         """The loss `ce` or `kl`, or the share of `exact` answers (texts apart): mean over kinds of means."""
@@ -164,7 +172,7 @@ class Evaluator:
         """
         rows = self.rows(parts)
         self.spent += forwards * len(rows) / len(self.prepared)
-        samples = {"split": self.prepared.hash, "samples": [rows[0], rows[-1] + 1, len(rows)]}
+        samples = {"split": self.prepared.hash, "samples": list(_row_key(rows))}
         what = {**about, **samples, **space.key(allocation)}
         entry = self.journal.get(what)
         if entry is not None:
@@ -189,6 +197,15 @@ class Evaluator:
         """The full cache's own losses."""
         rows = list(range(len(self.prepared)))
         return self._of_rows(_values(self._sample_losses(self.prepared.full_logprobs, rows)), rows)
+
+    def journalled(self) -> Iterator[tuple[Entry, Losses]]:
+        """Every measurement of losses on this split that the journal holds, oldest first; one of a part of the samples
+        has fewer losses."""
+        subsets = (parts for count in self.parts for parts in combinations(self.parts, count + 1))
+        rows_of = {_row_key(rows): rows for rows in map(self.rows, subsets)}
+        for entry in self.journal.entries.values():
+            if entry.what["split"] == self.prepared.hash and "ce" in entry.values:
+                yield entry, self._of_rows(entry.values, rows_of[tuple(entry.what["samples"])])
 
     # --- what they are made of ---
 
@@ -296,6 +313,11 @@ class Evaluator:
 
 def _values(losses: Mapping[str, Tensor]) -> dict[str, list[float]]:
     return {name: of_samples.tolist() for name, of_samples in losses.items()}
+
+
+def _row_key(rows: list[int]) -> tuple[int, int, int]:
+    """What the journal calls the samples of some parts: first, last + 1, how many."""
+    return rows[0], rows[-1] + 1, len(rows)
 
 
 def _runs(rows: list[int]) -> Iterator[tuple[int, int]]:

@@ -44,6 +44,7 @@ from qpkv_planner.linearization import FORWARDS
 from qpkv_planner.measurement import Evaluator, Losses, Objective, OutOfTime, interval
 from qpkv_planner.prefill import Prepared, largest_number
 from qpkv_planner.progress import Progress
+from qpkv_planner.report import Report, check_report, write_report
 from qpkv_runtime.attention import NAME
 from qpkv_runtime.budget import limit_bytes
 from qpkv_runtime.compression import Scoring
@@ -125,29 +126,34 @@ class Candidate:
 
 def plan(
     model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, budget: str, *, name: str | None = None,
-    study: Path | None = None, calibration_cache: Path | None = None, quiet: bool = False, **options: Any,
+    study: Path | None = None, calibration_cache: Path | None = None, report: Path | None = None, quiet: bool = False,
+    **options: Any,
 ) -> Plan:  # fmt: skip
     """Search for the plan of `model` under `budget` (`1/64`, `1.6%`, `512MiB`, per sequence).
 
     model: loaded with attn_implementation="qpkv" (`qpkv_runtime.load_model` does). name: recorded as model.id, for
     `qpkv-run` to load it by. study: a folder for the journal and the prefills, over which a killed run goes on;
-    calibration_cache: a folder for the prefills alone, which other searches reuse. options: of `Options`. The same
-    arguments, model and machine give the same plan, byte for byte.
+    calibration_cache: a folder for the prefills alone, which other searches reuse. report: an .html or .png file that
+    the search is drawn into. options: of `Options`. The same arguments, model and machine give the same plan, byte for
+    byte.
 
     Raises BudgetError when the budget cannot hold sinks, window and reserve; NumericsError when the model gives NaN.
     """
-    with _session(model, tokenizer, Options(**options), name, study, calibration_cache, quiet, 1) as session:
+    with _session(model, tokenizer, Options(**options), name, study, calibration_cache, report, quiet, 1) as session:
         return session.plan(budget)
 
 
 def frontier(
     model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, budgets: Sequence[str], *, name: str | None = None,
-    study: Path | None = None, calibration_cache: Path | None = None, quiet: bool = False, **options: Any,
+    study: Path | None = None, calibration_cache: Path | None = None, report: Path | None = None, quiet: bool = False,
+    **options: Any,
 ) -> Iterator[Plan]:  # fmt: skip
     """The plans of several budgets, as `plan`, largest budget first: one prefill, each search starting from the last
     plan. Ends early, after the plan it was at, when interrupted."""
     count = len(budgets)
-    with _session(model, tokenizer, Options(**options), name, study, calibration_cache, quiet, count) as session:
+    with _session(
+        model, tokenizer, Options(**options), name, study, calibration_cache, report, quiet, count
+    ) as session:
         full = full_bytes(model_shape(model), session.context_tokens)
         ordered = sorted(budgets, key=lambda one: -limit_bytes(one, full))
         for budget in ordered:
@@ -161,14 +167,15 @@ def frontier(
 
 def smallest(
     model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, max_loss: float, *, name: str | None = None,
-    study: Path | None = None, calibration_cache: Path | None = None, quiet: bool = False, **options: Any,
+    study: Path | None = None, calibration_cache: Path | None = None, report: Path | None = None, quiet: bool = False,
+    **options: Any,
 ) -> Plan:  # fmt: skip
     """The plan of the smallest budget found whose cross-entropy on validation exceeds the full cache's by no more than
     `max_loss` nats at the upper end of its 95 % interval: halving from 1/2, then twice between the last two.
 
     Raises BudgetError when even half of the cache loses more.
     """
-    with _session(model, tokenizer, Options(**options), name, study, calibration_cache, quiet, 6) as session:
+    with _session(model, tokenizer, Options(**options), name, study, calibration_cache, report, quiet, 6) as session:
         good: Plan | None = None
         good_share, bad_share = 1.0, 0.0
         for _ in range(8):
@@ -198,20 +205,28 @@ def smallest(
                 f"no budget up to 1/2 stays within --max-loss {max_loss} nats of the full cache on validation (upper "
                 "end of the 95 % interval): allow more, or calibrate on more contexts"
             )
+        session.plans = [good]
         return good
 
 
 @contextmanager
 def _session(
     model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, options: Options, name: str | None,
-    study: Path | None, calibration_cache: Path | None, quiet: bool, num_budgets: int,
+    study: Path | None, calibration_cache: Path | None, report: Path | None, quiet: bool, num_budgets: int,
 ) -> Iterator[_Session]:  # fmt: skip
+    if report is not None:
+        check_report(report)
     if model.config._attn_implementation != NAME:
         raise UnsupportedModelError(f"planning needs qpkv attention: call model.set_attn_implementation('{NAME}')")
     progress = Progress(_estimated_steps(options.effort, model_shape(model).num_layers, num_budgets), quiet)
     session = _Session(model, tokenizer, options, name, study, calibration_cache, progress)
     try:
         yield session
+        if report is not None:
+            try:
+                write_report(report, Report.of(session.plans, session._evaluators, progress.stage_seconds))
+            except InputError as error:  # the plan must not be lost with it
+                progress.warn(f"warning: no report: {error}")
     finally:
         session.journal.close()
         progress.close()
@@ -274,6 +289,7 @@ class _Session:
         self._evaluators: dict[str, Evaluator] = {}
         self.announced: list[Scoring] = []
         self.reserve_tokens = options.max_new_tokens or self._question_tokens()
+        self.plans: list[Plan] = []
         self._last: tuple[str, Allocation] | None = None  # the last budget's format and plan, for the next to start at
         self.samples: dict[str, dict[str, int | float]] = {}
 
@@ -319,7 +335,11 @@ class _Session:
         space.check_holds(QUICK_FORMATS)
 
     def plan(self, budget: str) -> Plan:
-        """The stages for one budget."""
+        """The stages for one budget; the plan is also the last of `plans`."""
+        self.plans.append(self._plan(budget))
+        return self.plans[-1]
+
+    def _plan(self, budget: str) -> Plan:
         shipped = self.space(budget, self.context_tokens)
         lossless = self._lossless(shipped)
         if lossless is not None:
@@ -374,7 +394,7 @@ class _Session:
         return held
 
     def _prepare(self, split: Split, scorings: list[Scoring]) -> Prepared:
-        self.progress.stage(f"prefill {split.name}"[:13])
+        self.progress.stage(f"prefill {split.name}")
         prepared = load_or_prepare(
             self.model, self.section, split, scorings, self.effort.num_parts, self.progress.step,
             self.cache_folder,

@@ -13,6 +13,7 @@ class Progress:
 
     def __init__(self, total_steps: int, quiet: bool = False) -> None:
         self.quiet, self.total_steps, self.started = quiet, total_steps, time.monotonic()
+        self._stage, self._stage_started, self._seconds = "preparation", self.started, dict[str, float]()
         self._bar = tqdm(
             total=total_steps,
             file=sys.stderr,
@@ -23,7 +24,15 @@ class Progress:
 
     def stage(self, name: str) -> None:
         """The name of what is being done, beside the bar."""
-        self._bar.set_description_str(name)
+        self._seconds = self.stage_seconds
+        self._stage, self._stage_started = name, time.monotonic()
+        self._bar.set_description_str(name[:13])
+
+    @property
+    def stage_seconds(self) -> dict[str, float]:
+        """Wall time by stage so far, those that came again (for another budget) summed."""
+        now = self._seconds.get(self._stage, 0.0) + time.monotonic() - self._stage_started
+        return {**self._seconds, self._stage: now}
 
     def step(self, count: int = 1) -> None:
         # an estimate that turns out low must not show more than all
@@ -32,9 +41,13 @@ class Progress:
     def say(self, line: str) -> None:
         """A line of results, with the time it came at."""
         if not self.quiet:
-            self._bar.clear()
-            print(f"[{time.monotonic() - self.started:5.0f} s] {line}", file=sys.stderr, flush=True)
-            self._bar.refresh()
+            self.warn(line)
+
+    def warn(self, line: str) -> None:
+        """A line that a quiet run prints too."""
+        self._bar.clear()
+        print(f"[{time.monotonic() - self.started:5.0f} s] {line}", file=sys.stderr, flush=True)
+        self._bar.refresh()
 
     def close(self) -> None:
         self._bar.close()

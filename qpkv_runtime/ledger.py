@@ -163,6 +163,14 @@ class LayerLedger:
         """Bytes that one decode step reads when everything is full: all buffers, without the padding."""
         return sum(buffer.size_bytes for _, buffer in self.buffers())
 
+    def by_use(self) -> dict[str, int]:
+        """The stored bytes by what they are: key_codes, value_scales, ..., the whole reserve, padding."""
+        uses: dict[str, int] = {}
+        for name, buffer in self.buffers():
+            use = "reserve" if ".reserve." in name else name.rpartition(".")[2]
+            uses[use] = uses.get(use, 0) + buffer.size_bytes
+        return {**uses, "padding": self.stored_bytes - self.read_bytes}
+
 
 @dataclass(frozen=True)
 class Ledger:

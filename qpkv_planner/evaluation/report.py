@@ -10,6 +10,7 @@ from typing import Any
 import numpy as np
 
 from qpkv_planner.evaluation.comparison import Difference, Row, bootstrap, groups
+from qpkv_planner.report import need_matplotlib
 from qpkv_runtime.errors import InputError
 from qpkv_runtime.overview import table
 from qpkv_runtime.plan import Interval
@@ -105,10 +106,9 @@ def heat_map(rows: Sequence[Row], title: str, file: Path) -> None:
 
 def load_pyplot(what: str) -> Any:
     """Matplotlib without a screen. Raises InputError that `what` needs it."""
-    try:
-        import matplotlib
-    except ModuleNotFoundError:
-        raise InputError(f"{what} needs matplotlib: pip install 'qpkv[report]'") from None
+    need_matplotlib(what)
+    import matplotlib
+
     matplotlib.use("agg")
     from matplotlib import pyplot
 
