@@ -35,7 +35,9 @@ EXAMPLES = """\
   qpkv-plan --model smollm2 --budget 1/32 --context-length 1024 --quick --output plan.yaml
   qpkv-plan --model smollm2 --budget 1/8,1/16,1/32,1/64 --out-dir plans    (one prefill, and plans/frontier.json)
   qpkv-plan --model smollm2 --budget auto --max-loss 0.05 > plan.yaml      (the smallest within 0.05 nats)
+  qpkv-plan --model smollm2 --budget 1/64 --report report.html > plan.yaml (the search, drawn: open it in a browser)
   qpkv-plan --model smollm2 --budget 1/64 --study study > plan.yaml        (killed? again with --resume)
+  qpkv-plan --model smollm2 --budget 1/64 --storage trials.log > plan.yaml (then: optuna-dashboard trials.log)
   qpkv-plan --model ./my-model --budget 512MiB --context-length 32768 --calibration-length 4096
   qpkv-plan --model smollm2 --budget 1/16 --calibration samples.jsonl --regime agnostic > plan.yaml
   qpkv-plan --model mistral-7b --budget 1/64 --uniform snapkv:kivi:4bit    (by arithmetic alone: no weights, no search)

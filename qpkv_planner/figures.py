@@ -21,7 +21,7 @@ from matplotlib.axes import Axes
 from matplotlib.collections import QuadMesh
 from matplotlib.colors import CenteredNorm, LogNorm, Normalize
 from matplotlib.figure import Figure, FigureBase
-from matplotlib.ticker import FuncFormatter
+from matplotlib.ticker import FuncFormatter, LogLocator, NullFormatter
 
 from qpkv_planner.report import Point, Report, duration, title, uses, verdict
 from qpkv_runtime.ledger import make_ledger
@@ -41,8 +41,8 @@ STAGES = {  # a journalled stage: its legend, colour and marker
 }
 OTHER = ("finalists", MUTED, "X")
 CELL = "#ffffff66"  # between the cells of heat maps
-UNIFORM = {"color": ORANGE, "marker": "s", "markersize": 6.5}
-PLAN = {"color": RED, "marker": "*", "markersize": 13}
+UNIFORM: dict[str, Any] = {"color": ORANGE, "marker": "s", "markersize": 6.5}
+PLAN: dict[str, Any] = {"color": RED, "marker": "*", "markersize": 13}
 USES = {  # what bytes are for: others are grey
     "key_codes": BLUE,
     "key_scales": SKY,
@@ -54,7 +54,7 @@ USES = {  # what bytes are for: others are grey
     "table": RED,
 }
 MEASURES = {"cross_entropy": "cross-entropy, nats per token", "kl": "KL to the full cache, nats per token"}
-RC = {
+RC: dict[Any, Any] = {
     "font.size": 9.5,
     "axes.titlesize": 10.5,
     "axes.titlelocation": "left",
@@ -199,33 +199,32 @@ def image(figure: Figure) -> bytes:
 
 
 def _plane(figure: FigureBase, report: Report) -> None:
-    axes = figure.subplots(2, 2, sharex=True)
-    for row, split in enumerate(("validation", "search")):
-        for column, measure in enumerate(MEASURES):
-            _measured(axes[row][column], report, split, measure)
-        handles = {
-            name: drawn for one in axes[row] for drawn, name in zip(*one.get_legend_handles_labels(), strict=True)
-        }
-        axes[row][1].legend(handles.values(), handles, loc="center left", bbox_to_anchor=(1.01, 0.5))
-    for one in axes[1]:
+    splits = [split for split in ("validation", "search") if report.points.get(split)]
+    axes = figure.subplots(len(splits), 2, sharex=True, squeeze=False)
+    for row, split in zip(axes, splits, strict=True):
+        for one, measure in zip(row, MEASURES, strict=True):
+            _measured(one, report, split, measure)
+        handles = {name: drawn for one in row for drawn, name in zip(*one.get_legend_handles_labels(), strict=True)}
+        row[1].legend(handles.values(), handles, loc="center left", bbox_to_anchor=(1.01, 0.5))
+    for one in axes[-1]:
         one.set_xlabel("stored bytes per sequence and their share of the full cache")
 
 
 def _measured(axes: Axes, report: Report, split: str, measure: str) -> None:
     """All that was measured on a split, its frontier, the plans, and the intervals of those that were chosen on it."""
-    points = report.points.get(split, ())
+    points = report.points[split]
     chosen = [plan for plan in report.plans if plan.calibration is not None and plan.calibration.measured_on == split]
     for (name, colour, marker), own in _by_stage(points):
         part, whole = ([point for point in own if point.is_whole == is_whole] for is_whole in (False, True))
         axes.scatter(*_places(part, measure), s=7, color=colour, marker=marker, alpha=0.22, linewidths=0)
         axes.scatter(*_places(whole, measure), s=22, color=colour, marker=marker, alpha=0.9, linewidths=0, label=name)
     full = report.full[split] if measure == "cross_entropy" else 0.0
-    whole = sorted(zip(*_places([point for point in points if point.is_whole], measure), strict=True))
-    losses = [loss for _, loss in whole]
-    shares = [*(share for share, _ in whole), 1.0]
+    pairs = sorted(zip(*_places([point for point in points if point.is_whole], measure), strict=True))
+    losses = [loss for _, loss in pairs]
+    shares = [*(share for share, _ in pairs), 1.0]
     axes.step(
         shares,
-        [*accumulate(losses, min), min(losses)],
+        [*accumulate(losses, min), min(losses) if measure == "kl" else min([*losses, full])],
         where="post",
         color=INK,
         linewidth=1,
@@ -249,14 +248,16 @@ def _measured(axes: Axes, report: Report, split: str, measure: str) -> None:
     heading = f"{split} split, {len(points):,} evaluations"
     if measure == "kl":
         axes.set_yscale("log")
+        axes.yaxis.set_major_locator(LogLocator(subs=(1, 2, 5)))
         axes.yaxis.set_major_formatter(FuncFormatter(lambda nats, _: f"{nats:g}"))
+        axes.yaxis.set_minor_formatter(NullFormatter())
         heading += " (full cache: 0)"
     else:
+        axes.axhline(full, color=INK, linewidth=0.8, linestyle=(0, (4, 3)))
+        axes.plot([1.0], [full], color=INK, marker="h", linestyle="", label="full cache")
         if num_above := sum(loss > 1.1 * max(tops) for loss in losses):
             axes.set_ylim(top=1.1 * max(tops))
             heading += f" ({num_above} of them above)"
-        axes.axhline(full, color=INK, linewidth=0.8, linestyle=(0, (4, 3)))
-        axes.plot([1.0], [full], color=INK, marker="h", linestyle="", label="full cache", clip_on=False)
     axes.set_title(heading)
     axes.set_ylabel(MEASURES[measure])
     _share_axis(axes, report)
@@ -290,7 +291,7 @@ def _share_label(power: int, full_bytes: int) -> str:
 def _size(num_bytes: float) -> str:
     for unit, size in (("GiB", 2**30), ("MiB", 2**20), ("KiB", 2**10)):
         if num_bytes >= size:
-            return f"{num_bytes / size:.3g} {unit}"
+            return f"{num_bytes / size:.{3 if num_bytes >= 100 * size else 2}g} {unit}"
     return f"{num_bytes:.0f} B"
 
 
@@ -357,7 +358,7 @@ def _sensitivity(figure: FigureBase, plan: Plan) -> None:
     _layer_axis(below, len(last))
     bar = figure.colorbar(mesh, ax=[above, below], extend="both", pad=0.01, aspect=30)
     bar.set_label(f"change of {plan.calibration.objective.upper()}, nats per token")
-    bar.outline.set_visible(False)  # type: ignore[operator]
+    bar.outline.set_visible(False)
 
 
 def _cells(axes: Axes, values: Any, names: Sequence[str], colours: str, norm: Normalize) -> QuadMesh:
@@ -403,7 +404,8 @@ def _additivity(figure: FigureBase, plan: Plan) -> None:
         own = [step for step, one in zip(steps, rounds, strict=True) if one["accepted"] == accepted]
         if own:
             face = BLUE if accepted else "none"
-            axes.scatter(*zip(*own, strict=True), s=30, marker="D", facecolors=face, edgecolors=BLUE, label=name)
+            at = [predicted for predicted, _ in own], [measured for _, measured in own]
+            axes.scatter(*at, s=30, marker="D", facecolors=face, edgecolors=BLUE, label=name)
     correlation = plans["rank_correlation"]
     axes.set_title("no random plans were measured" if correlation is None else f"rank correlation {correlation:.2f}")
     axes.set_xlabel(f"sum of single changes of {plan.calibration.objective.upper()}, nats")

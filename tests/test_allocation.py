@@ -5,6 +5,7 @@ Weights are taken anew from the ledger, not from the allocation's own sums.
 
 from __future__ import annotations
 
+import json
 import math
 from dataclasses import replace
 from fractions import Fraction
@@ -30,7 +31,7 @@ from qpkv_planner.allocation import (
 from qpkv_runtime.errors import BudgetError, InputError
 from qpkv_runtime.ledger import full_bytes, layer_bytes, make_ledger, quantum_tokens
 from qpkv_runtime.methods import QUANTIZERS
-from qpkv_runtime.plan import Decode, Format, Model, Scorer, parse_plan
+from qpkv_runtime.plan import Decode, Format, Heads, Model, Scorer, parse_plan
 
 LOW_BIT = (8, 4, 3, 2)
 NAMES = [
@@ -418,6 +419,13 @@ def test_a_choice_with_tiers_above_weighs_and_reads_back_as_its_plan():
     assert [layer.tokens for layer in plan.layers] == [512, 64]
     assert make_ledger(plan).stored_bytes == space.bytes([mikv, three]) == plan.budget.planned_bytes
     assert allocation_of(parse_plan(plan.to_yaml())) == (mikv, three)
+    for heads in (Heads(share="uniform"), (Heads(share="adaptive"), Heads(share="weighted", weights=(1.0, 3.0)))):
+        shared = replace(space, heads=heads)
+        key = json.loads(json.dumps(shared.key([three, three])))  # as a journal's file has it
+        again, allocation = Space.of_key(key, space.model, space.context_tokens)
+        assert allocation == (three, three)
+        assert again.key(allocation) == shared.key(allocation)
+        assert again.limit_bytes == again.bytes(allocation) == shared.bytes(allocation)
     assert space.one_more(0, mikv) is None, "nothing is left to keep"
     filled = space.fill([replace(three, tokens=8)] * 2)
     assert all(choice.above == three.above for choice in filled)

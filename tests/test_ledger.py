@@ -93,6 +93,7 @@ def test_buffers_lie_inside_the_block_aligned_and_apart(shape: ModelShape, holdi
             assert end_of_previous <= start < end <= layout.stored_bytes, name
             assert start % BUFFER_ALIGNMENT == 0, name
             end_of_previous = end
+        assert sum(layout.by_use().values()) == layout.stored_bytes
         assert len({name for name, _ in layout.buffers()}) == len(list(layout.buffers()))
         assert layout.stored_bytes % SEGMENT_ALIGNMENT == 0
         assert all(segment.offset % SEGMENT_ALIGNMENT == 0 for segment in layout.segments)

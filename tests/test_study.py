@@ -12,6 +12,7 @@ from collections import Counter
 from dataclasses import replace
 from pathlib import Path
 
+import optuna
 import pytest
 
 from qpkv_planner import planner
@@ -253,3 +254,8 @@ def test_two_processes_with_one_storage_share_the_trials(tiny, tmp_path):
     first = planner.plan(*tiny, "1/8", **settings)
     second = planner.plan(*tiny, "1/8", **settings)  # joins a study that has its trials already
     assert first.calibration.search["optuna"] == second.calibration.search["optuna"]
+    backend = optuna.storages.JournalStorage(optuna.storages.journal.JournalFileBackend(storage))  # as its dashboard
+    (name,) = optuna.study.get_all_study_names(backend)
+    study = optuna.load_study(study_name=name, storage=backend)
+    assert len(study.trials) == SMALL.trials
+    assert study.best_value == pytest.approx(first.calibration.search["optuna"]["best"], abs=1e-6)

@@ -102,6 +102,10 @@ def _main(argv: list[str] | None) -> int:
             raise InputError(f"a suite is one of {', '.join(SUITES)}, got {suite!r}")
     if args.heatmap is not None and "niah" not in suites:
         raise InputError("--heatmap draws the suite niah, which is not among --suites")
+    if args.heatmap is not None:
+        from qpkv_planner.report import need_matplotlib
+
+        need_matplotlib("--heatmap")
     plan = None if args.plan is None else load_plan(args.plan)
     _numbers(args.depths, "--depths", 0, 100)
     return _run(args, suites, plan)
