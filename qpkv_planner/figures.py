@@ -138,15 +138,15 @@ def of_plan(report: Report, plan: Plan) -> list[list[Panel]]:
         return [[layers], [ledger]]
     sensitivity = Panel(
         "Sensitivity",
-        "Measured change of the loss when one layer alone changes, plus one standard error (blue: better, red: worse). "
-        "Above, all changes of the knapsack's last round; below, fewer tokens in every round. Grey: not tried.",
+        "Change of the loss when one layer alone takes the smallest step, as the knapsack predicted it (blue: better, "
+        "red: worse). Above, all steps of its last round; below, to fewer tokens in every round. Grey: not tried.",
         (11, 4.4),
         lambda figure: _sensitivity(figure, plan),
     )
     sums = Panel(
         "Additivity",
-        "The sum of single layers' measured changes (each one standard error worse than its mean) against their joint "
-        "change. On the line, the sum would be exact.",
+        "The sum of single layers' predicted changes against their measured joint change. On the line, the sum would "
+        "be exact.",
         (5.4, 4.2),
         lambda figure: _additivity(figure, plan),
     )
@@ -348,12 +348,11 @@ def _sensitivity(figure: FigureBase, plan: Plan) -> None:
     known = np.abs(np.concatenate([whole, fewer]))
     norm = CenteredNorm(0, max(float(np.nanpercentile(known, 97)), 1e-6))
     above, below = figure.subplots(2, 1, sharex=True, height_ratios=(len(changes) + 1, len(rounds) + 1))
-    radius = rounds[-1]["radius"]
-    names = {"more": f"tokens × {radius:.3g}", "fewer": f"tokens / {radius:.3g}"}
+    names = {"more": "more tokens", "fewer": "fewer tokens"}
     _cells(above, whole[::-1], [names.get(name, f"to {name}") for name in reversed(changes)], CHANGE_MAP, norm)
     taken = [f"round {i + 1}, {'taken' if one['accepted'] else 'refused'}" for i, one in enumerate(rounds)]
     mesh = _cells(below, fewer[::-1], taken[::-1], CHANGE_MAP, norm)
-    above.set_title(f"all changes, round {len(rounds)}")
+    above.set_title(f"all steps, round {len(rounds)}")
     below.set_title("fewer tokens, every round")
     _layer_axis(below, len(last))
     bar = figure.colorbar(mesh, ax=[above, below], extend="both", pad=0.01, aspect=30)

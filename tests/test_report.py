@@ -27,7 +27,6 @@ SMALL = replace(
     formats=("rotated-k4v4", "rotated-k3v3"),
     scorers=planner.QUICK.scorers[:1],
     times_budget=1.5,
-    parts_per_round=1,
     trials=3,
     additivity_plans=3,
 )
