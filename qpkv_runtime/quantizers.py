@@ -163,23 +163,35 @@ def half_quadratic(groups: Tensor, member: Tensor, bits: int, number: torch.dtyp
 
     Differs from the released code: each group stops at its own best step, not all of them when their mean error
     stops falling, so that a group's codes do not depend on what else is quantized beside it; and the zero is in the
-    unit of the values, not of the codes.
+    unit of the values, not of the codes. Rounded to `number` at the end only: on the coarse grid of 16-bit zeros the
+    steps go nowhere at 8 bit (mean errors 1.6 to 2.9 % larger).
     """
-    scale, zero = min_max(groups, member, bits, number).float().unbind(-1)
+    scale, zero = min_max(groups, member, bits, torch.float32).unbind(-1)
     count = member.sum(-1).clamp(min=1)
+
+    def errors(scale: Tensor, zero: Tensor, codes: Tensor) -> tuple[Tensor, Tensor]:
+        error = (groups - codes * scale[..., None] - zero[..., None]).masked_fill_(~member, 0)
+        return error, (error.abs().sum(-1, dtype=torch.float64) / count).float()
+
     best_zero, best_error = zero, torch.full_like(zero, float("inf"))
     for _ in range(NUM_STEPS + 1):  # the last is only measured
         codes = _round(groups, scale, zero, bits)
-        error = (groups - codes * scale[..., None] - zero[..., None]).masked_fill_(~member, 0)
-        size = error.abs()
-        mean_error = (size.sum(-1, dtype=torch.float64) / count).float()
+        error, mean_error = errors(scale, zero, codes)
         best_zero = torch.where(mean_error < best_error, zero, best_zero)
         best_error = torch.minimum(mean_error, best_error)
+        size = error.abs()
         shrunk = error.sign().mul_(size.sub_(size.pow(LP_NORM - 1).div_(BETA)).clamp_(min=0))
         # the mean of the values less their codes, were the large errors not there
         moved = (groups - shrunk - codes * scale[..., None]).masked_fill_(~member, 0)
-        zero = (moved.sum(-1, dtype=torch.float64) / count).float().to(number).float()
-    return torch.stack([scale, best_zero], -1).to(number)
+        zero = (moved.sum(-1, dtype=torch.float64) / count).float()
+    # as they are stored, the zero that was found may be behind the one of min-max
+    first = min_max(groups, member, bits, number)
+    found = torch.stack([first[..., 0], best_zero.to(number)], -1)
+    stored = []
+    for numbers in (first, found):
+        scale, zero = numbers.float().unbind(-1)
+        stored.append(errors(scale, zero, _round(groups, scale, zero, bits))[1])
+    return torch.where((stored[1] < stored[0])[..., None], found, first)
 
 
 def _round(groups: Tensor, scale: Tensor, zero: Tensor, bits: int) -> Tensor:
