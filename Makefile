@@ -40,9 +40,9 @@ paper-plans: install  ## the papers' recommended settings for their models, by a
 	        --output plans/paper/$${model%:*}__$${budget%/*}-$${budget#*/}__$${scorer%:*}.yaml || exit 1; \
 	done; done; done
 
-# Not the default 0.01: on another CPU than the recording one rounding tips a few samples (0.015 nats seen on 36).
+# Not the default 0.01: on another CPU than the recording one rounding tips some samples' top-k and codes (LOG.md).
 check-plans: install  ## measure the checked-in plans of smollm2 again (tiny's are in the tests)
-	$(BIN)/python -m qpkv_planner.check --max-regression 0.05 plans/smollm2__*.yaml
+	$(BIN)/python -m qpkv_planner.check --max-regression 0.02 plans/smollm2__*.yaml
 
 check: install  ## lint, format, types, import directions
 	$(BIN)/ruff check .

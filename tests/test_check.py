@@ -293,7 +293,7 @@ SHIPPED = sorted(str(path) for path in (ROOT / "plans").glob("tiny__*.yaml"))
 
 @pytest.fixture(scope="module")
 def shipped():
-    return Checker(SHIPPED, max_regression=0.05)  # they may have been recorded on another kind of CPU (LOG.md)
+    return Checker(SHIPPED, max_regression=0.02)  # they may have been recorded on another kind of CPU (LOG.md)
 
 
 @pytest.mark.parametrize("path", SHIPPED, ids=lambda path: Path(path).stem)
