@@ -51,7 +51,7 @@ check: install  ## lint, format, types, import directions
 	$(BIN)/python -m pytest -q tests/test_imports.py
 
 bench: install  ## the quick benchmark
-	$(BIN)/python benchmarks/uniform_grid.py --quick
+	$(BIN)/python -m benchmarks.uniform_grid --quick
 
 paper: install  ## the papers' tables and figures, measured again on smollm2 (up to two hours, resumable)
 	$(BIN)/python -m benchmarks.paper

@@ -1,8 +1,8 @@
 """The uniform grid, and plans, on held-out samples at equal exact bytes: cross-entropy, KL and exact answers by kind.
 
-    python benchmarks/uniform_grid.py --budgets 1/16 1/64 --plans plans/smollm2__1-16.yaml plans/smollm2__1-64.yaml
-    python benchmarks/uniform_grid.py --split test --budgets --plans plans/smollm2__*.yaml     (plans alone)
-    python benchmarks/uniform_grid.py --quick          (tiny, 1/32, a few samples)
+    python -m benchmarks.uniform_grid --budgets 1/16 1/64 --plans plans/smollm2__1-16.yaml plans/smollm2__1-64.yaml
+    python -m benchmarks.uniform_grid --split test --budgets --plans plans/smollm2__*.yaml     (plans alone)
+    python -m benchmarks.uniform_grid --quick          (tiny, 1/32, a few samples)
 
 Writes a row per setting and budget to benchmarks/results/<name>.csv, with hardware and commit, and prints the table.
 The samples are the validation split's, which uniform settings have not seen, or the test split's, which no search has
@@ -14,17 +14,14 @@ the plan closes, with a 95 % bootstrap over contexts; the last row has it for al
 from __future__ import annotations
 
 import argparse
-import csv
-import platform
-import subprocess
 import sys
 import time
 from pathlib import Path
 
 import numpy as np
-import torch
 from numpy.typing import NDArray
 
+from benchmarks.where import RESULTS, where, write_rows
 from qpkv_planner.allocation import Space, allocation_of
 from qpkv_planner.calibration import make_split
 from qpkv_planner.calibration_cache import load_or_prepare
@@ -38,7 +35,6 @@ from qpkv_runtime.plan import Decode, load_plan
 
 KINDS = ("number", "word", "place", "line", "chain", "text")
 PAPER = ("snapkv uniform kivi-k4v4 window 16", "snapkv pyramidkv kivi-k4v4 window 16")
-RESULTS = Path(__file__).parent / "results"
 
 
 def main() -> int:
@@ -111,23 +107,16 @@ def main() -> int:
         rows.append(
             {**dict.fromkeys(rows[0], ""), "setting": "all plans", "closed": _closed(list(pairs.values()), full)}
         )
-    where = {
+    about = {
         "model": arguments.model,
         "split": arguments.split,
         "context_tokens": str(arguments.context_length),
         "samples": str(len(prepared)),
-        "cpu": platform.processor() or platform.machine(),
-        "threads": str(torch.get_num_threads()),
-        "torch": torch.__version__,
-        "commit": _commit(),
+        **where(),
         "seconds": f"{time.monotonic() - started:.0f}",
     }
     path = arguments.output or RESULTS / f"uniform_grid_{arguments.model}.csv"
-    path.parent.mkdir(parents=True, exist_ok=True)
-    with path.open("w", newline="") as file:
-        writer = csv.DictWriter(file, fieldnames=[*rows[0], *where])
-        writer.writeheader()
-        writer.writerows({**row, **where} for row in rows)
+    write_rows(path, [{**row, **about} for row in rows])
     shown = [
         "budget",
         "setting",
@@ -140,7 +129,7 @@ def main() -> int:
         *(f"ce_{kind}" for kind in KINDS),
     ]
     print("\n".join(table([shown, *([str(row[key]) for key in shown] for row in rows)], left={0, 1})))
-    print(f"\n{path}: " + ", ".join(f"{key} {value}" for key, value in where.items()))
+    print(f"\n{path}: " + ", ".join(f"{key} {value}" for key, value in about.items()))
     return 0
 
 
@@ -184,11 +173,6 @@ def _closed(pairs: list[tuple[Losses, Losses]], full: Losses) -> str:
     shares = [share(counts[place].astype(np.float64)) for counts in drawn]
     low, high = np.nanpercentile(shares, [2.5, 97.5])
     return f"{share(np.ones(len(contexts))):.3f} ({low:.3f} to {high:.3f})"
-
-
-def _commit() -> str:
-    done = subprocess.run(["git", "describe", "--always", "--dirty"], capture_output=True, text=True, check=False)
-    return done.stdout.strip() or "unknown"
 
 
 if __name__ == "__main__":

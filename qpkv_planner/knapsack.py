@@ -81,15 +81,19 @@ class Neighbourhood:
 def improve(
     evaluator: Evaluator, space: Space, start: Allocation, quantizer: str, num_rounds: int, objective: Objective,
     floor: int, progress: Callable[[int], None], accept: Callable[[Allocation], None] = lambda allocation: None,
+    wishes: Wishes | None = None,
 ) -> tuple[Allocation, list[Round], Neighbourhood]:  # fmt: skip
     """The improved allocation, the rounds and the last one's neighbourhood. Calls `accept` with each step taken.
 
-    No layer goes below `floor` tokens.
+    No layer goes below `floor` tokens. wishes: what a layer may change to, `tokens_and_bits` unless given.
     """
+    wishes = wishes or tokens_and_bits
     allocation, radius, rounds = start, FIRST_RADIUS, list[Round]()
     loss = evaluator.evaluate(space, start).mean(objective)
     while True:
-        wished = [_alternatives(space, i, mine, quantizer, radius, floor) for i, mine in enumerate(allocation)]
+        wished = [
+            _alternatives(space, i, mine, wishes(mine, quantizer, radius), floor) for i, mine in enumerate(allocation)
+        ]
         changes = predicted_changes(evaluator, space, allocation, wished, objective)
         options = tuple({mine: 0.0, **others} for mine, others in zip(allocation, changes, strict=True))
         around = Neighbourhood(allocation, options)
@@ -138,7 +142,11 @@ def additivity(
     return {"rank_correlation": correlation, "predicted": predicted, "measured": measured}
 
 
-def _alternatives(space: Space, layer: int, mine: Choice, quantizer: str, radius: float, floor: int) -> list[Choice]:
+Wishes = Callable[[Choice, str, float], list[tuple[float, str]]]
+"""What a layer may change to: (its choice, quantizer, radius) -> tokens, as far as they are legal, and formats."""
+
+
+def tokens_and_bits(mine: Choice, quantizer: str, radius: float) -> list[tuple[float, str]]:
     """Other counts in the same format; and a step of bits on one side, for about the same bytes, more and fewer."""
     format = format_named(mine.format)
     keys, values = format.keys.bits, format.values.bits
@@ -146,6 +154,12 @@ def _alternatives(space: Space, layer: int, mine: Choice, quantizer: str, radius
     for bits in [(next_bits(keys, s), values) for s in (-1, 1)] + [(keys, next_bits(values, s)) for s in (-1, 1)]:
         as_many = mine.tokens * (keys + values) / sum(bits)
         wishes += [(as_many * radius**power, format_name(quantizer, *bits)) for power in (-1.0, 0.0, 1.0)]
+    return wishes
+
+
+def _alternatives(
+    space: Space, layer: int, mine: Choice, wishes: Sequence[tuple[float, str]], floor: int
+) -> list[Choice]:
     floor = min(floor, mine.tokens)
     found = (Choice(space.legal_tokens(layer, max(floor, tokens), name), name) for tokens, name in wishes)
     return list(dict.fromkeys(choice for choice in found if choice != mine))

@@ -44,7 +44,7 @@ def predicted_changes(
 
     def measure() -> dict[str, list[float]]:
         kinds = [evaluator.prepared.kinds[row] for row in evaluator.rows(parts)]
-        changes = _sample_changes(evaluator, space, allocation, alternatives, objective, parts)
+        changes = sample_changes(evaluator, space, allocation, alternatives, objective, parts)
         return {"changes": [cautious_mean(change, kinds) for of_layer in changes for change in of_layer]}
 
     names = [[choice.key for choice in of_layer] for of_layer in alternatives]
@@ -53,10 +53,11 @@ def predicted_changes(
     return [{choice: next(changes) for choice in of_layer} for of_layer in alternatives]
 
 
-def _sample_changes(
+def sample_changes(
     evaluator: Evaluator, space: Space, allocation: Allocation, alternatives: Sequence[Sequence[Choice]],
     objective: Objective, parts: Sequence[int],
 ) -> list[list[NDArray[np.float64]]]:  # fmt: skip
+    """The same for each sample, float64 [samples] in nats, without the standard error."""
     attended, gradients = _gradients(evaluator, space, allocation, objective, parts)
     for scale in SCALES[1:]:
         scaled = space.scaled(allocation, scale)

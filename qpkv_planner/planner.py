@@ -23,7 +23,7 @@ from typing import Any, Literal
 
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-from qpkv_planner import search
+from qpkv_planner import lagrangian, search
 from qpkv_planner.allocation import (
     DEFAULT_CONTEXT_TOKENS,
     DEFAULT_RESERVE_TOKENS,
@@ -548,7 +548,7 @@ class _Search:
             by_kind={"full": full.by_kind(), "plan": losses.by_kind(), "best_uniform": uniform.by_kind()},
             winner=winner.stage,
             lambda_nats_per_mib=_rounded(self.slope),
-            beta=_rounded(1 / self.slope) if self.slope > 0 else None,
+            beta=_rounded(lagrangian.beta(self.slope)),
             best_uniform=self.best_uniform.stage,
             versions=_versions(),
             search=_rounded(self.record),
@@ -606,9 +606,8 @@ class _Search:
         weights = [float(choice.tokens) for choice in allocation]
         larger = larger_space.project(weights, [choice.format for choice in allocation])
         assert larger is not None
-        more = space.bytes(larger) - space.bytes(allocation)
-        saved = losses.mean(self.objective) - evaluator.evaluate(larger_space, larger).mean(self.objective)
-        return saved / max(more, 1) * 2**20
+        loss = evaluator.evaluate(larger_space, larger).mean(self.objective)
+        return lagrangian.slope(losses.mean(self.objective), space.bytes(allocation), loss, space.bytes(larger))
 
     def _say(self, what: str, losses: Losses) -> Losses:
         self.progress.say(
