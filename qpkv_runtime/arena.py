@@ -37,6 +37,11 @@ class Arena:
         device, offset, size = self._places[layer]
         return self.buffers[device][:, offset : offset + size]
 
+    def extent(self, layer: int) -> tuple[Tensor, int]:
+        """The whole buffer of the layer's device, uint8 [num_rows, extent], and where its block begins in every row."""
+        device, offset, _ = self._places[layer]
+        return self.buffers[device], offset
+
     def select_rows(self, rows: Tensor) -> None:
         """Row i becomes what row rows[i] was; in place while the number of rows stays."""
         for device, buffer in self.buffers.items():

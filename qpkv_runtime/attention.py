@@ -5,12 +5,13 @@ them between `update` and the attention call, so the handle arrives here and kno
 prefill (then compressing it) or over the packed cache. Without a qpkv cache this is ordinary causal attention.
 
 The geometry of attention (causal, sliding window, which tokens are kept) is each layer's own; the mask function
-passes on only what it cannot know: padding as [B, N], or the full 4D mask when transformers overlays something on
-the causal pattern.
+passes on only what it cannot know: padding, or the full 4D mask when transformers overlays something on the causal
+pattern.
 """
 
 from __future__ import annotations
 
+from functools import cached_property
 from typing import Any, NoReturn, cast
 
 import torch
@@ -26,7 +27,10 @@ HOW_TO_LOAD = f"load the model with attn_implementation='{NAME}', or call model.
 
 
 class Handle:
-    """What a qpkv cache layer gives the attention function in place of keys and values."""
+    """What a qpkv cache layer gives the attention function in place of keys and values. knows_padding: it has seen the
+    prompt, and is not told again how that was padded."""
+
+    knows_padding = False
 
     def attend(self, query: Tensor, num_padding: list[int] | None, scaling: float, softcap: float | None) -> Tensor:
         """query [B, H, T, D], num_padding: left padding of each row, None when unknown or none -> [B, H, T, D]."""
@@ -42,12 +46,39 @@ class Handle:
         raise CacheError(f"a qpkv cache needs qpkv attention (it was given to {func.__name__}): {HOW_TO_LOAD}")
 
 
+class LeftPadding:
+    """The padding of a batch, as the mask function passes it to the attention function. mask: [B, N], true at tokens.
+
+    It is looked at when someone asks, once for all layers: looking waits for the device, and decoding over a packed
+    cache has no need to.
+    """
+
+    def __init__(self, mask: Tensor) -> None:
+        self.mask = mask
+
+    @cached_property
+    def tokens(self) -> list[int] | None:
+        """The number of padding tokens at the left of each row; None where there are none.
+
+        Raises InputError for a mask that is not left padding.
+        """
+        mask = self.mask.bool()
+        if bool(mask.all()):
+            return None
+        num_tokens = mask.sum(-1)
+        if not bool((mask.long().argmax(-1) == mask.shape[1] - num_tokens).all()) or not bool((num_tokens > 0).all()):
+            raise InputError(
+                "prompts of different lengths must be padded on the left: set tokenizer.padding_side = 'left'"
+            )
+        return cast("list[int]", (mask.shape[1] - num_tokens).tolist())
+
+
 def qpkv_attention(
     module: nn.Module,
     query: Tensor,
     key: Tensor | Handle,
     value: Tensor | Handle,
-    attention_mask: Tensor | None,
+    attention_mask: Tensor | LeftPadding | None,
     scaling: float | None = None,
     dropout: float = 0.0,
     sliding_window: int | None = None,
@@ -57,31 +88,19 @@ def qpkv_attention(
     """transformers' attention interface: query [B, H, T, D] -> ([B, T, H, D], None)."""
     scaling = query.shape[-1] ** -0.5 if scaling is None else scaling
     if isinstance(key, Handle):
-        out = key.attend(query, _left_padding(attention_mask), scaling, softcap)
+        if isinstance(attention_mask, Tensor):
+            raise InputError("a qpkv cache takes causal prompts, padded on the left; got a custom 4D attention mask")
+        padding = None if attention_mask is None or key.knows_padding else attention_mask.tokens
+        out = key.attend(query, padding, scaling, softcap)
     else:
         value = cast(Tensor, value)
-        if attention_mask is not None and attention_mask.ndim == 4:
+        if isinstance(attention_mask, Tensor):
             visible = attention_mask if attention_mask.dtype == torch.bool else attention_mask == 0
             out = attend(query, key, value, visible[..., : key.shape[2]], scaling, softcap)
         else:
-            padding = _left_padding(attention_mask)
+            padding = None if attention_mask is None else attention_mask.tokens
             out = causal_attention(query, key, value, padding, scaling, sliding_window, softcap)
     return out.transpose(1, 2).contiguous(), None
-
-
-def _left_padding(mask: Tensor | None) -> list[int] | None:
-    """The number of padding tokens at the left of each row of a [B, N] mask; None without a mask.
-
-    Raises InputError for a mask that is not left padding.
-    """
-    if mask is None:
-        return None
-    if mask.ndim != 2:
-        raise InputError("a qpkv cache takes causal prompts, padded on the left; got a custom 4D attention mask")
-    num_tokens = mask.sum(-1)
-    if not bool((mask.long().argmax(-1) == mask.shape[1] - num_tokens).all()) or not bool((num_tokens > 0).all()):
-        raise InputError("prompts of different lengths must be padded on the left: set tokenizer.padding_side = 'left'")
-    return cast("list[int]", (mask.shape[1] - num_tokens).tolist())
 
 
 def qpkv_mask(
@@ -91,8 +110,8 @@ def qpkv_mask(
     attention_mask: Tensor | None = None,
     allow_is_causal_skip: bool = True,
     **kwargs: Any,
-) -> Tensor | None:
-    """None, or the padding mask [B, N] (bool, true at tokens), or a 4D mask for what is not causal plus padding."""
+) -> Tensor | LeftPadding | None:
+    """None, or the padding of [B, N] tokens, or a 4D mask for what is not causal plus padding."""
     if not allow_is_causal_skip:
         return sdpa_mask(
             batch_size=batch_size,
@@ -102,9 +121,7 @@ def qpkv_mask(
             allow_is_causal_skip=False,
             **kwargs,
         )
-    if attention_mask is None or bool(attention_mask.all()):
-        return None
-    return attention_mask[:, -kv_length:].bool()
+    return None if attention_mask is None else LeftPadding(attention_mask[:, -kv_length:])
 
 
 AttentionInterface.register(NAME, qpkv_attention)

@@ -26,7 +26,9 @@ from transformers.cache_utils import Cache, CacheLayerMixin
 from qpkv_kernels.attention import causal_attention
 from qpkv_runtime.arena import Arena
 from qpkv_runtime.attention import HOW_TO_LOAD, NAME, Handle
+from qpkv_runtime.backend import use_kernels
 from qpkv_runtime.compression import Scoring, compress, keep, observe
+from qpkv_runtime.decode_step import Counters, DecodeStep
 from qpkv_runtime.errors import CacheError, PlanError, UnsupportedModelError
 from qpkv_runtime.ledger import LayerLedger, Ledger, make_ledger
 from qpkv_runtime.models.shape import ModelShape
@@ -42,6 +44,7 @@ class _Step(Handle):
 
     def __init__(self, layer: PlannedLayer, key: Tensor, value: Tensor) -> None:
         self.layer, self.key, self.value = layer, key, value
+        self.knows_padding = layer.is_compressed
 
     def attend(self, query: Tensor, num_padding: list[int] | None, scaling: float, softcap: float | None) -> Tensor:
         attend = self.layer.decode if self.layer.is_compressed else self.layer.prefill
@@ -49,16 +52,49 @@ class _Step(Handle):
 
 
 class _Rows:
-    """What a cache's layers share: the arena, made when the batch size is known, and where it lies."""
+    """What a cache's layers share: the arena, made when the batch size is known, where it lies, and what is counted on
+    each device."""
 
     def __init__(self, ledger: Ledger, layer_devices: list[torch.device]) -> None:
         self.ledger, self.layer_devices = ledger, layer_devices
         self.arena: Arena | None = None
+        self.counters: dict[torch.device, Counters] = {}
+        self.prompt_tokens: list[int] = []
+        self.begun: set[int] = set()  # the layers that hold these prompts
 
     def block(self, layer: int, num_rows: int) -> Tensor:
         if self.arena is None or self.arena.num_rows != num_rows:
             self.arena = Arena(self.ledger, num_rows, self.layer_devices)
         return self.arena.block(layer)
+
+    def begin(self, layer: int, prompt_tokens: list[int]) -> None:
+        """A layer holds these prompts. With the first that says so counting begins anew, in place while the number of
+        rows stays."""
+        if layer not in self.begun and prompt_tokens == self.prompt_tokens:
+            self.begun.add(layer)
+            return
+        for device in dict.fromkeys(self.layer_devices):
+            if len(prompt_tokens) != len(self.prompt_tokens):
+                self.counters[device] = Counters.of(prompt_tokens, 0, len(self.layer_devices), device)
+            else:
+                self.counters[device].restart(prompt_tokens)
+        self.prompt_tokens, self.begun = list(prompt_tokens), {layer}
+
+    def select(self, rows: Tensor) -> None:
+        """Row i becomes what row rows[i] was."""
+        assert self.arena is not None
+        self.arena.select_rows(rows)
+        self.prompt_tokens = [self.prompt_tokens[row] for row in rows.tolist()]
+        for device, counters in self.counters.items():
+            chosen = counters.prompt.index_select(0, rows.to(device))
+            if len(chosen) == len(counters.prompt):
+                counters.prompt.copy_(chosen)
+            else:
+                counters.prompt = chosen
+
+    def is_last_of_device(self, layer: int) -> bool:
+        """Whether a step that has passed this layer has passed all of its device."""
+        return self.layer_devices[layer] not in self.layer_devices[layer + 1 :]
 
 
 class PlannedLayer(CacheLayerMixin):
@@ -77,6 +113,16 @@ class PlannedLayer(CacheLayerMixin):
     def reset(self) -> None:
         self.num_seen, self.num_appended = 0, 0
         self.prompt_tokens: list[int] = []
+        self.step: DecodeStep | None = None  # how the kernels decode this layer; None: by the reference path
+
+    def begin(self, prompt_tokens: list[int]) -> None:
+        """The block holds these prompts; what comes next is decoding."""
+        layer = self.layout.layer
+        device = self.rows.layer_devices[layer]
+        self.prompt_tokens = prompt_tokens
+        self.rows.begin(layer, prompt_tokens)
+        self.step = DecodeStep.of(self.plan, layer, device) if use_kernels(device) else None
+        self.is_last_of_device = self.rows.is_last_of_device(layer)
 
     @property
     def is_compressed(self) -> bool:
@@ -87,15 +133,23 @@ class PlannedLayer(CacheLayerMixin):
 
     def update(self, key_states: Tensor, value_states: Tensor, *args: Any, **kwargs: Any) -> tuple[Any, Any]:
         self.is_initialized = True
-        num_new, decode = key_states.shape[2], self.plan.decode
-        if self.is_compressed and decode.then == "stop" and self.num_appended + num_new > decode.reserve_tokens:
+        num_new = key_states.shape[2]
+        if self.is_compressed and self.plan.decode.then == "stop":
+            self.room(num_new, whole=True)
+        self.num_seen += num_new
+        step = _Step(self, key_states, value_states)
+        return step, step
+
+    def room(self, num_tokens: int, whole: bool = False) -> int:
+        """How many of so many tokens can be appended, all of them where `whole`; raises CacheError rather than none."""
+        decode = self.plan.decode
+        left = decode.reserve_tokens - self.num_appended if decode.then == "stop" else num_tokens
+        if left < (num_tokens if whole else 1):
             raise CacheError(
                 f"the plan's reserve holds {decode.reserve_tokens} generated tokens and says `then: stop`: "
                 "generate fewer, or plan with more --max-new-tokens or --then evict"
             )
-        self.num_seen += num_new
-        step = _Step(self, key_states, value_states)
-        return step, step
+        return min(num_tokens, left)
 
     def packed(self) -> PackedLayer:
         """The layer's part of the arena."""
@@ -120,7 +174,7 @@ class PlannedLayer(CacheLayerMixin):
             selections = keep(self.plan, layer, observation.importance)
             block, storage_dtype = self.rows.block(layer, num_rows), self.plan.model.storage_dtype
             compress(block, self.layout, storage_dtype, key, value, selections, num_padding, observation.query_stats)
-        self.prompt_tokens = [num_tokens - padding for padding in num_padding]
+        self.begin([num_tokens - padding for padding in num_padding])
         if layer == 0 and max(self.prompt_tokens) > self.plan.budget.context_tokens:
             warnings.warn(
                 f"the prompt has {max(self.prompt_tokens)} tokens, more than the "
@@ -134,14 +188,24 @@ class PlannedLayer(CacheLayerMixin):
         num_padding: list[int] | None, scaling: float, softcap: float | None,
     ) -> Tensor:  # fmt: skip
         """Attention over the packed cache; appends the new tokens."""
-        out = self.packed().attend(query, key, value, self.num_appended, self.prompt_tokens, scaling, softcap)
+        counters = self.rows.counters[self.rows.layer_devices[self.layout.layer]]
+        if self.step is None:
+            out = self.packed().attend(query, key, value, self.num_appended, self.prompt_tokens, scaling, softcap)
+        else:
+            assert self.rows.arena is not None
+            with torch.no_grad():
+                arena, start = self.rows.arena.extent(self.layout.layer)
+                out = self.step(query, key, value, arena, start, counters, scaling, softcap)
         self.num_appended += key.shape[2]
+        if self.is_last_of_device:
+            counters.appended.add_(key.shape[2])
         return out
 
     def load(self, block: Tensor, prompt_tokens: list[int]) -> None:
         """Take over a block that `compress` wrote (uint8 [B, stored_bytes]), as if it had been prefilled here."""
         self.rows.block(self.layout.layer, len(prompt_tokens)).copy_(block)
-        self.num_seen, self.num_appended, self.prompt_tokens = max(prompt_tokens), 0, list(prompt_tokens)
+        self.num_seen, self.num_appended = max(prompt_tokens), 0
+        self.begin(list(prompt_tokens))
         self.is_initialized = True
 
     def get_seq_length(self) -> int:
@@ -209,6 +273,16 @@ class PlannedCache(Cache):
         ]
         return [[] if table is None else (table.sum(0) // len(table)).tolist() for table in tables]
 
+    def room(self, num_tokens: int) -> int:
+        """How many of so many tokens can be appended. Raises CacheError where `then: stop` leaves no room at all."""
+        return cast(PlannedLayer, self.layers[0]).room(num_tokens)
+
+    def advance(self, num_tokens: int) -> None:
+        """Count tokens that a captured step has appended: the device has counted them already."""
+        for layer in cast("list[PlannedLayer]", self.layers):
+            layer.num_seen += num_tokens
+            layer.num_appended += num_tokens
+
     def reset(self) -> None:
         """Ready for another prompt; the arena stays allocated while the batch size stays."""
         for layer in self.layers:
@@ -224,7 +298,7 @@ class PlannedCache(Cache):
     def batch_select_indices(self, indices: Tensor) -> None:
         if self.rows.arena is None:
             return
-        self.rows.arena.select_rows(indices)
+        self.rows.select(indices)
         for layer in self.layers:
             layer = cast(PlannedLayer, layer)
             layer.prompt_tokens = [layer.prompt_tokens[row] for row in indices.tolist()]

@@ -113,6 +113,7 @@ def _run_parser() -> CommandParser:
     parser.add_argument("--raw", action="store_true", help="continue the prompt as it is, without a chat template")
     parser.add_argument("--compare-full", action="store_true", help="also answer with the full cache and compare")
     parser.add_argument("--stats", action="store_true", help="bytes, kept tokens, speed and memory, on stderr")
+    parser.add_argument("--eager", action="store_true", help="on a GPU: transformers' loop instead of a CUDA graph")
     add_loading_options(parser)
     sampling = parser.add_argument_group("generation, as transformers names it; greedy by default")
     sampling.add_argument("--max-new-tokens", type=int, default=256, metavar="N", help="default 256")
@@ -293,6 +294,7 @@ class _Session:
                 max_new_tokens=self.args.max_new_tokens,
                 sampling=self.sampling,
                 streamer=stream,
+                eager=self.args.eager,
             )
         finally:
             if has_begun:

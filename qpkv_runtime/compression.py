@@ -294,7 +294,7 @@ def _compress_with_kernels(
 
     number, device = STORAGE_DTYPES[storage_dtype], block.device
     with kernels_at(f"layer {layout.layer}, compressing {tuple(keys.shape)} {keys.dtype} keys", layout.formats):
-        to, offsets = write_layout(layout, number, device)
+        to, places, offsets = write_layout(layout, storage_dtype, device)
         prompt = quantize.Prompt(keys, values)
         kept = [
             quantize.Kept(
@@ -310,13 +310,21 @@ def _compress_with_kernels(
             _write_vectors(block, layout, KeyMoments(count, *moments), query_stats, number)
         problems = torch.zeros(2, dtype=torch.int32, device=device)
         for tier, held in enumerate(kept):
-            quantize.write_tier(block, to, offsets, tier, prompt, held, problems, largest_stored(number), CLIPS)
+            quantize.write_tier(block, to, places, offsets, tier, prompt, held, problems, largest_stored(number), CLIPS)
         found = problems.tolist()
-    for name, problem in zip(("key", "value"), found, strict=True):
+    check_problems(layout.layer, found, number)
+
+
+def check_problems(layer: int, problems: Sequence[int], number: torch.dtype) -> None:
+    """Raise NumericsError for what the kernels marked of a layer's keys and values (`quantize.OVERFLOWS` and so on)."""
+    from qpkv_kernels import quantize
+
+    for name, problem in zip(("key", "value"), problems, strict=True):
         if problem & (quantize.OVERFLOWS | quantize.NOT_FINITE):
-            raise _not_storable(storage_dtype, layout.layer, name, overflows=not problem & quantize.NOT_FINITE)
+            storage_dtype = str(number).removeprefix("torch.")
+            raise _not_storable(storage_dtype, layer, name, overflows=not problem & quantize.NOT_FINITE)
         if problem & quantize.SCALE_OVERFLOWS:
-            raise _scale_overflows(layout.layer, name, number)
+            raise _scale_overflows(layer, name, number)
 
 
 def write_block(block: Tensor, layout: LayerLedger, tiers: Sequence[TierTensors], query_stats: Tensor) -> None:

@@ -1,7 +1,8 @@
 """One answer to one prompt under a plan, with what it took: bytes, kept tokens, seconds, the prefill's peak memory.
 
-The loop is transformers' own `generate`; this adds the cache, a watch on the logits, and the numbers. Without a plan
-the same call answers with the full cache, which is what a plan is compared with.
+The loop is transformers' own `generate`; this adds the cache, a watch on the logits, and the numbers. Where the kernels
+decode on CUDA, a greedy answer comes from the runtime's own loop instead (`graph.py`), with the same tokens. Without a
+plan the same call answers with the full cache, which is what a plan is compared with.
 
 Not here: batches (call `model.generate` with a `PlannedCache`), templates and files (`cli.py`).
 """
@@ -22,9 +23,12 @@ from transformers.generation.streamers import BaseStreamer
 
 from qpkv_runtime.cache import PlannedCache, runs_on
 from qpkv_runtime.errors import InputError, NumericsError
+from qpkv_runtime.graph import NOT_FINITE, POLL_STEPS, DecodeLoop, can_capture, finite
 from qpkv_runtime.ledger import full_bytes
 from qpkv_runtime.models import model_shape
 from qpkv_runtime.plan import Plan
+
+STREAM_STEPS = 8  # between two looks at the tokens when somebody reads along
 
 
 @dataclass(frozen=True)
@@ -125,11 +129,13 @@ def generate(
     max_new_tokens: int = 256,
     sampling: Sampling | None = None,
     streamer: BaseStreamer | None = None,
+    eager: bool = False,
 ) -> Answer:
     """Answer one prompt inside the bytes of `plan`; with the full cache when plan is None.
 
     input_ids: int64 [1, T] on any device. max_new_tokens: at most so many, and no more than the model's context has
-    room for. streamer: is given the prompt and every token as it comes, as transformers' streamers are.
+    room for. streamer: is given the prompt and every token as it comes, as transformers' streamers are; by the
+    runtime's own loop some tokens at a time. eager: transformers' loop everywhere, every step launched anew.
 
     Raises InputError (a prompt that is empty, or leaves no room in the model's context), PlanError (a plan for
     another shape), CacheError (a full reserve under `then: stop`) and NumericsError (logits that are not numbers).
@@ -153,18 +159,22 @@ def generate(
     ids, watch = input_ids.to(device), _Watch(device)
     if sampling.seed is not None:
         torch.manual_seed(sampling.seed)
-    sequence = cast(Any, model).generate(
-        ids,
-        attention_mask=torch.ones_like(ids),
-        past_key_values=cache,
-        max_new_tokens=min(max_new_tokens, context_tokens - prompt_tokens),
-        logits_processor=[watch],
-        streamer=streamer,
-        **_padding(model),
-        **sampling.options(),
-    )
+    max_new_tokens = min(max_new_tokens, context_tokens - prompt_tokens)
+    if isinstance(cache, PlannedCache) and not eager and _is_for_own_loop(model, cache, sampling):
+        tokens = _by_own_loop(model, cache, ids, max_new_tokens, watch, streamer)
+    else:
+        sequence = cast(Any, model).generate(
+            ids,
+            attention_mask=torch.ones_like(ids),
+            past_key_values=cache,
+            max_new_tokens=max_new_tokens,
+            logits_processor=[watch],
+            streamer=streamer,
+            **_padding(model),
+            **sampling.options(),
+        )
+        tokens = sequence[0, prompt_tokens:].tolist()
     end = perf_counter()
-    tokens: list[int] = sequence[0, prompt_tokens:].tolist()
     stats = Stats(
         prompt_tokens=prompt_tokens,
         new_tokens=len(tokens),
@@ -177,6 +187,52 @@ def generate(
         peak_memory_of=watch.memory.of,
     )
     return Answer(tuple(tokens), cast(str, tokenizer.decode(tokens, skip_special_tokens=True)), stats)
+
+
+# What a model's generation config can ask for besides a plain argmax, and the values that ask for nothing.
+_PROCESSORS: dict[str, tuple[object, ...]] = {
+    "num_beams": (None, 1), "num_return_sequences": (None, 1), "repetition_penalty": (None, 1.0),
+    "encoder_repetition_penalty": (None, 1.0), "no_repeat_ngram_size": (None, 0), "min_length": (None, 0),
+    "min_new_tokens": (None,), "bad_words_ids": (None,), "sequence_bias": (None,), "forced_bos_token_id": (None,),
+    "forced_eos_token_id": (None,), "suppress_tokens": (None, []), "begin_suppress_tokens": (None, []),
+    "exponential_decay_length_penalty": (None,), "guidance_scale": (None, 1.0), "watermarking_config": (None,),
+    "remove_invalid_values": (None, False), "renormalize_logits": (None, False), "stop_strings": (None,),
+    "max_time": (None,),
+}  # fmt: skip
+
+
+def _is_for_own_loop(model: PreTrainedModel, cache: PlannedCache, sampling: Sampling) -> bool:
+    """Whether the answer is a plain argmax of what kernels decode on one CUDA device."""
+    config = model.generation_config
+    is_plain = all(getattr(config, name, None) in nothing for name, nothing in _PROCESSORS.items())
+    is_greedy = not sampling.do_sample and sampling.repetition_penalty in (None, 1.0)
+    return is_plain and is_greedy and can_capture(cache)
+
+
+def _by_own_loop(
+    model: PreTrainedModel, cache: PlannedCache, ids: Tensor, max_new_tokens: int, watch: _Watch,
+    streamer: BaseStreamer | None,
+) -> list[int]:  # fmt: skip
+    """The tokens of a greedy answer, a final end-of-sequence token included."""
+    with torch.no_grad():
+        logits = cast(Any, model)(ids, past_key_values=cache, use_cache=True, logits_to_keep=1).logits[:, -1].float()
+    token = watch(ids, logits).argmax(-1, keepdim=True)
+    if streamer is not None:
+        streamer.put(ids.cpu())
+
+    def stream(tokens: Tensor) -> None:
+        for token in tokens.unbind(1):
+            if streamer is not None:
+                streamer.put(token)
+
+    eos = model.generation_config.eos_token_id if model.generation_config is not None else None
+    eos_token_ids = [] if eos is None else [eos] if isinstance(eos, int) else eos
+    steps = POLL_STEPS if streamer is None else STREAM_STEPS
+    loop = DecodeLoop(model, cache)
+    tokens = loop.run(token, max_new_tokens, eos_token_ids, poll_steps=steps, on_tokens=stream)
+    if streamer is not None:
+        streamer.end()
+    return cast("list[int]", tokens[0].tolist())
 
 
 def _padding(model: PreTrainedModel) -> dict[str, int]:
@@ -199,10 +255,8 @@ class _Watch(LogitsProcessor):
         self.prefill_end, self.peak_memory_bytes = 0.0, 0
 
     def __call__(self, input_ids: Tensor, scores: Tensor) -> Tensor:
-        # A single -inf is a token that some setting of the model rules out; nothing but -inf is not.
-        is_number = scores < float("inf")  # false at NaN
-        if not bool(is_number.all()) or not bool((scores.amax(-1) > float("-inf")).all()):
-            raise NumericsError("the model's logits have NaN or Inf; load it in float32 or bfloat16")
+        if not bool(finite(scores)):
+            raise NumericsError(NOT_FINITE)
         if not self.prefill_end:
             self.prefill_end, self.peak_memory_bytes = perf_counter(), self.memory.peak_bytes()
         return scores

@@ -277,6 +277,11 @@ def _parts(name: str, segment: Segment, head_size: int) -> tuple[Part, ...]:
     return (Part(buffer.offset, num_lines, buffer.size_bytes // num_lines),)
 
 
+def buffer_offsets(format: Format, tokens: int, head_size: int, is_sliding: bool) -> dict[str, int]:
+    """Where the buffers of a segment with room for `tokens` tokens begin, in bytes from its start."""
+    return {buffer.name: buffer.offset for buffer in _segment_layout(format, tokens, head_size, is_sliding)[1]}
+
+
 def vector_rows(formats: Iterable[Format]) -> dict[str, slice]:
     """Which rows of a head's vectors [vectors, D] belong to each quantizer that has some, in a layer of these formats:
     all its tiers and the reserve share one set."""

@@ -16,7 +16,7 @@ from torch import Tensor
 from qpkv_kernels import packing
 from qpkv_kernels.attention import attend
 from qpkv_kernels.hadamard import hadamard_product
-from qpkv_runtime.backend import block_layout, kernels_at, use_kernels
+from qpkv_runtime.backend import use_kernels
 from qpkv_runtime.compression import (
     STORAGE_DTYPES,
     HeadVectors,
@@ -27,6 +27,7 @@ from qpkv_runtime.compression import (
     side_format,
     to_storage,
 )
+from qpkv_runtime.decode_step import Counters, DecodeStep
 from qpkv_runtime.ledger import LayerLedger
 from qpkv_runtime.plan import Format, Plan
 from qpkv_runtime.quantizers import ROTATED, Encoded
@@ -113,7 +114,11 @@ class PackedLayer:
         """
         key, value = key.detach(), value.detach()
         if not query.requires_grad and use_kernels(query.device):
-            return self._attend_with_kernels(query, key, value, num_appended, prompt_tokens, scaling, softcap)
+            counters = Counters.of(prompt_tokens, num_appended, self.layout.layer + 1, query.device)
+            step = DecodeStep.of(self.plan, self.layout.layer, query.device)
+            out = step(query, key, value, self.block, 0, counters, scaling, softcap)
+            counters.check(self.plan.model.storage_dtype)
+            return out
         layout, device, num_new = self.layout, query.device, query.shape[2]
         window = self.plan.model.shape.sliding_windows[layout.layer]
         reserve_tokens = self.plan.decode.reserve_tokens
@@ -168,32 +173,6 @@ class PackedLayer:
         )
         self._append(new_keys, new_values, num_appended, prompt_tokens)
         return (hadamard_product(out) if "value" in rotated else out).to(query.dtype)
-
-    def _attend_with_kernels(
-        self,
-        query: Tensor,
-        key: Tensor,
-        value: Tensor,
-        num_appended: int,
-        prompt_tokens: Sequence[int],
-        scaling: float,
-        softcap: float | None,
-    ) -> Tensor:
-        """`attend`, token by token: each is appended and then attends to all that is held, itself included."""
-        from qpkv_kernels import decode as kernels
-
-        layer, model = self.layout.layer, self.plan.model
-        layout = block_layout(layer, self.plan.holdings(layer), model.shape, self.storage_dtype, self.block.device)
-        vectors = read_vectors(self.block, self.layout, self.num_heads, self.head_size, self.storage_dtype)
-        prompt, out = torch.tensor(list(prompt_tokens), dtype=torch.int32, device=query.device), []
-        for i in range(query.shape[2]):
-            new_key = self._encode_new("key", key[:, :, i : i + 1], vectors)
-            new_value = self._encode_new("value", value[:, :, i : i + 1], vectors)
-            self._append(new_key, new_value, num_appended + i, prompt_tokens)
-            step = query[:, :, i].contiguous()
-            with kernels_at(f"layer {layer}, decoding {tuple(query.shape)} {query.dtype}", self.layout.formats):
-                out.append(kernels.attend(step, self.block, layout, prompt + (num_appended + i), scaling, softcap))
-        return torch.stack(out, 2)
 
     def _encode_new(self, side: str, x: Tensor, vectors: HeadVectors) -> Encoded:
         valid = torch.ones(x.shape[:3], dtype=torch.bool, device=x.device)

@@ -15,8 +15,8 @@ from conftest import make_model, prompts, random_plan
 from test_ledger import make_shape, tensor_format
 
 from qpkv_kernels import decode
-from qpkv_kernels.decode import attend_reference
-from qpkv_runtime.backend import block_layout, use_kernels
+from qpkv_kernels.decode_reference import attend_reference
+from qpkv_runtime.backend import block_layout, block_places, use_kernels
 from qpkv_runtime.cache import PlannedCache
 from qpkv_runtime.compression import TierTensors, write_block
 from qpkv_runtime.errors import BackendError
@@ -50,8 +50,8 @@ def poisoned() -> Iterator[None]:
 def make_block(
     holdings: Holdings, heads: int, gqa: int, head_size: int, dtype, window=None, batch=2, missing=0, seed=0
 ):
-    """(block, layout): random keys with an offset per channel, `missing` fewer tokens than room in some heads. The last
-    of `holdings` is the reserve, which stays empty; generation fills it."""
+    """(block, layout, places): random keys with an offset per channel, `missing` fewer tokens than room in some heads.
+    The last of `holdings` is the reserve, which stays empty; generation fills it."""
     generator = torch.Generator().manual_seed(seed)
     shape = make_shape(heads, head_size, (window,), gqa)
     ledger = layer_ledger(0, holdings, shape)
@@ -68,20 +68,25 @@ def make_block(
         before += tokens
     write_block(block, ledger, tiers, torch.rand(batch, heads, 2, head_size, generator=generator) + 0.1)
     block = block.to(DEVICE)
-    return block, block_layout(0, holdings, shape, dtype, DEVICE)
+    number = str(dtype).removeprefix("torch.")
+    return block, block_layout(0, holdings, shape, number), block_places(0, holdings, shape, False, DEVICE)
+
+
+def counters(batch: int, prompt_tokens: int, num_appended: int) -> tuple[torch.Tensor, torch.Tensor]:
+    prompt = torch.full((batch,), prompt_tokens, dtype=torch.int32, device=DEVICE)
+    return prompt, torch.tensor([num_appended], dtype=torch.int32, device=DEVICE)
 
 
 def error_of(
     holdings, heads=2, gqa=2, head_size=64, dtype=torch.float16, query=torch.float16, softcap=None, **settings
 ):
     """Relative to the norm of float64 attention."""
-    block, layout = make_block(holdings, heads, gqa, head_size, dtype, **settings)
+    block, layout, places = make_block(holdings, heads, gqa, head_size, dtype, **settings)
     tokens = sum(tokens for _, tokens in holdings)
     queries = torch.randn(len(block), heads * gqa, head_size, generator=torch.Generator().manual_seed(5)).to(
         DEVICE, query
     )
-    position = torch.full((len(block),), tokens + 3, dtype=torch.int32, device=DEVICE)
-    arguments = (block, layout, position, head_size**-0.5, softcap)
+    arguments = (block, layout, places, *counters(len(block), tokens, 3), head_size**-0.5, softcap)
     expected = attend_reference(queries.double(), *arguments)
     out = decode.attend(queries, *arguments)
     assert out.dtype == query and bool(out.isfinite().all()), "an output was left as it was found"
@@ -148,12 +153,13 @@ def test_sliding_windows_and_softcapped_logits(softcap: float | None):
 @pytest.mark.parametrize("scale", [2.0**-14, 2.0**10])
 def test_tiny_and_huge_values_keep_their_precision(scale: float):
     """Scales near float16's subnormals, or logits whose query would overflow it."""
-    block, layout = make_block(((fmt("rotated4", "flexgen4/64"), 64), RESERVE), 1, 2, 64, torch.bfloat16, batch=1)
+    holdings = ((fmt("rotated4", "flexgen4/64"), 64), RESERVE)
+    block, layout, places = make_block(holdings, 1, 2, 64, torch.bfloat16, batch=1)
     queries = torch.randn(1, 2, 64, generator=torch.Generator().manual_seed(5), dtype=torch.float32) * scale
     queries = queries.to(DEVICE, torch.bfloat16)
-    position = torch.full((1,), 99, dtype=torch.int32, device=DEVICE)
-    expected = attend_reference(queries.double(), block, layout, position, 0.125 / scale)
-    out = decode.attend(queries, block, layout, position, 0.125 / scale)
+    arguments = (block, layout, places, *counters(1, 99, 0), 0.125 / scale)
+    expected = attend_reference(queries.double(), *arguments)
+    out = decode.attend(queries, *arguments)
     assert ((out.double() - expected).norm() / expected.norm()).item() < TOLERANCE[torch.bfloat16]
 
 
@@ -206,4 +212,4 @@ def test_the_device_chooses_the_backend_and_the_variable_forces_it(monkeypatch: 
 )
 def test_what_the_kernels_do_not_cover_is_named_with_the_way_out(holdings, heads, head_size, message):
     with pytest.raises(BackendError, match=rf"layer 0.*{message}.*QPKV_BACKEND=reference"):
-        block_layout(0, holdings, make_shape(heads, head_size, (None,)), torch.float16, DEVICE)
+        block_layout(0, holdings, make_shape(heads, head_size, (None,)), "float16")

@@ -43,7 +43,7 @@ def check(rows: list[dict[str, Any]]) -> None:
 def test_kernels_compile_for_sm_80_sm_90_and_sm_100_without_spills():
     rows = compiled("--arch", "80", "90", "100")
     assert {(row["kernel"], row["arch"]) for row in rows} == {
-        (kernel, arch) for kernel in ("decode", "merge", "transform_query") for arch in (80, 90, 100)
+        (kernel, arch) for kernel in ("append", "decode", "merge", "transform_query") for arch in (80, 90, 100)
     }
     check(rows)
 

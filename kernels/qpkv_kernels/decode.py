@@ -16,197 +16,35 @@ one before them transforms the query. Nothing is dequantized to memory:
 - Weights times scales are divided by the tile's largest scale, so that they stay clear of float16's subnormals.
 
 Operands are float16 and sums float32, whatever the model runs in; bfloat16 only for 16-bit tokens stored so, float32
-throughout for a float32 query. `attend_reference` is the same in plain float32. Errors are the caller's to name: this
-file knows no plan and no model, a `BlockLayout` says in integers where everything is.
+throughout for a float32 query. `decode_reference.py` is the same in plain float32. Errors are the caller's to name:
+this file knows no plan and no model, a `BlockLayout` says in integers where everything is. How many tokens there are is
+read on the device alone, from the block's table and two counters, so that a launch is the same at every step.
 """
 
 from __future__ import annotations
 
 from dataclasses import dataclass
-from functools import cached_property
-from typing import Any, Literal
+from functools import lru_cache
+from typing import Any
 
 import torch
 import triton
 import triton.language as tl
 from torch import Tensor
 
-from qpkv_kernels import packing
-from qpkv_kernels.hadamard import hadamard_product
+from qpkv_kernels.block import BlockLayout, Side, UnsupportedByKernelsError
 from qpkv_kernels.layout import quantum_tokens
 
-HEAD_SIZES = (16, 32, 64, 80, 96, 128, 256)
-LEAST_GROUP = 16  # channels that share a scale: the least depth of a matrix product
 MOST_ROWS = 64
+WHOLE = 1 << 20  # tokens: more than any segment has
 LOG2_E_ = tl.constexpr(1.4426950408889634)
-Scales = Literal["none", "channel", "token", "rotated"]
-
-
-class UnsupportedByKernelsError(Exception):
-    """What the kernels do not cover; the text says the rule and what arrived."""
-
-
-@dataclass(frozen=True)
-class Side:
-    """What a code of a segment's keys or values stands for.
-
-    scales "none": 16 bit as they are. "channel": code * scale + zero, one pair for `group` tokens of a channel, stored
-    [D, groups, 2]. "token": the same, one pair for `group` channels of a token, stored [S, groups, 2]. "rotated":
-    (code + 1/2 - 2**(bits - 1)) * scale, one scale for a token, of Hadamard-transformed values. vectors: which of the
-    head's vectors the keys were written through, before the transform: (b,) for k * b, (mean, b) for (k - mean) * b.
-    """
-
-    bits: int
-    scales: Scales
-    group: int = 0
-    vectors: tuple[int, ...] = ()
-
-    @property
-    def is_transformed(self) -> bool:
-        return bool(self.vectors) or self.scales == "rotated"
-
-
-@dataclass(frozen=True)
-class Segment:
-    """One tier, or the reserve, of every head. capacity: the most tokens that any head has room for."""
-
-    keys: Side
-    values: Side
-    capacity: int
-
-
-# Columns of `BlockLayout.places`: byte offsets from a segment's start (-1 where not stored), and its room in tokens.
-PLACES = ("key_codes", "value_codes", "positions", "key_scales", "value_scales", "capacity")
-
-
-@dataclass(frozen=True, eq=False)
-class BlockLayout:
-    """Where a layer's block holds what.
-
-    The block begins with its table, int32 [H_kv, segments, 2]: (byte offset of the segment, tokens held).
-    places: int32 [H_kv, segments, 6] on the block's device, columns `PLACES`; vectors: byte offset of the head vectors,
-    [H_kv, num_vectors, D]; window: the sliding window in tokens, None for all; dtype: the stored 16-bit type.
-
-    Raises UnsupportedByKernelsError for a head size or a format that the kernels do not cover.
-    """
-
-    segments: tuple[Segment, ...]
-    num_heads: int
-    head_size: int
-    places: Tensor
-    vectors: int
-    num_vectors: int
-    window: int | None
-    dtype: torch.dtype
-
-    def __post_init__(self) -> None:
-        if self.head_size not in HEAD_SIZES:
-            known = ", ".join(map(str, HEAD_SIZES))
-            raise UnsupportedByKernelsError(f"the kernels take head sizes {known}, got {self.head_size}")
-        for side in (side for segment in self.segments for side in (segment.keys, segment.values)):
-            if side.scales == "token" and side.group < self.head_size and side.group % LEAST_GROUP:
-                raise UnsupportedByKernelsError(
-                    f"the kernels take channel groups that are multiples of {LEAST_GROUP}, got {side.group}"
-                )
-        if len({(s.keys.vectors, s.keys.scales == "rotated") for s in self.segments if s.keys.is_transformed}) > 1:
-            raise UnsupportedByKernelsError("the kernels take one transform of the keys in a layer, got several")
-
-    def runs(self, segments: tuple[tuple[Any, ...], ...], capacities: tuple[int, ...], rows: int) -> Tensor:
-        """`make_runs`, made once: decode copies nothing to the device."""
-        key = (tuple(tile for *_, tile in segments), rows)
-        if key not in self._runs:
-            self._runs[key] = make_runs(segments, capacities, rows, self.places.device)
-        return self._runs[key]
-
-    @cached_property
-    def _runs(self) -> dict[Any, Tensor]:
-        return {}
-
-    @cached_property
-    def key_transform(self) -> Side | None:
-        """A side that says how this layer's transformed keys are transformed; None where none are."""
-        return next((s.keys for s in self.segments if s.keys.is_transformed), None)
-
-
-# --- reference -----------------------------------------------------------------------------------------------------
-
-
-def attend_reference(
-    query: Tensor, block: Tensor, layout: BlockLayout, position: Tensor, scaling: float, softcap: float | None = None
-) -> Tensor:
-    """Attention of one query per head to every token held that its sliding window reaches.
-
-    query [B, H, D]; block uint8 [B, bytes]; position int [B], the query's own in its sequence -> float32 [B, H, D], or
-    float64 for such a query.
-    """
-    num_heads, num_segments = layout.num_heads, len(layout.segments)
-    queries = query.to(torch.promote_types(query.dtype, torch.float32)).unflatten(1, (num_heads, -1))
-    out = torch.empty_like(queries)
-    for row in range(len(query)):
-        table = block[row, : 8 * num_heads * num_segments].view(torch.int32).view(num_heads, num_segments, 2).tolist()
-        for head in range(num_heads):
-            held = [_read(block[row], layout, head, i, *table[head][i]) for i in range(num_segments)]
-            keys, values, positions = (torch.cat(parts) for parts in zip(*held, strict=True))
-            keys, values = keys.to(queries.dtype), values.to(queries.dtype)
-            logits = queries[row, head] @ keys.T * scaling
-            if softcap is not None:
-                logits = torch.tanh(logits / softcap) * softcap
-            if layout.window is not None:
-                logits = logits.masked_fill(positions <= position[row] - layout.window, float("-inf"))
-            out[row, head] = logits.softmax(-1) @ values
-    return out.flatten(1, 2)
-
-
-def _read(
-    block: Tensor, layout: BlockLayout, head: int, index: int, offset: int, count: int
-) -> tuple[Tensor, Tensor, Tensor]:
-    """float32 keys and values [count, D] and int32 positions [count] of one head's segment."""
-    segment, head_size = layout.segments[index], layout.head_size
-    places = dict(zip(PLACES, layout.places[head, index].tolist(), strict=True))
-    room = places["capacity"]
-
-    def buffer(name: str, dtype: torch.dtype, numbers: int) -> Tensor:
-        start = offset + places[name]
-        return block[start : start + numbers * dtype.itemsize].view(dtype)
-
-    read = []
-    for name, side in (("key", segment.keys), ("value", segment.values)):
-        if side.bits == 16:
-            x = buffer(f"{name}_codes", layout.dtype, room * head_size).view(room, head_size).float()
-        else:
-            x = packing.unpack(
-                buffer(f"{name}_codes", torch.uint8, room * head_size * side.bits // 8), side.bits, head_size
-            )
-            x = x.float()
-        if side.scales == "channel":
-            pairs = buffer(f"{name}_scales", layout.dtype, 2 * head_size * -(-room // side.group))
-            scale, zero = pairs.float().view(head_size, -1, 2).repeat_interleave(side.group, 1)[:, :room].unbind(-1)
-            x = x * scale.T + zero.T
-        elif side.scales == "token":
-            pairs = buffer(f"{name}_scales", layout.dtype, 2 * room * -(-head_size // side.group))
-            scale, zero = pairs.float().view(room, -1, 2).repeat_interleave(side.group, 1)[:, :head_size].unbind(-1)
-            x = x * scale + zero
-        elif side.scales == "rotated":
-            scale = buffer(f"{name}_scales", layout.dtype, room).float()
-            x = hadamard_product((x + 0.5 - 2 ** (side.bits - 1)) * scale[:, None])
-        if side.vectors:
-            start = layout.vectors + head * layout.num_vectors * head_size * 2
-            vectors = block[start : start + layout.num_vectors * head_size * 2].view(layout.dtype).float()
-            *mean, balancer = vectors.view(-1, head_size)[list(side.vectors)]
-            x = x / balancer + (mean[0] if mean else 0)
-        read.append(x[:count])
-    stored = places["positions"] >= 0
-    positions = (
-        buffer("positions", torch.int32, room) if stored else torch.zeros(room, dtype=torch.int32).to(block.device)
-    )
-    return read[0], read[1], positions[:count]
 
 
 # --- kernels -------------------------------------------------------------------------------------------------------
 
 
 @triton.jit
-def _hadamard(x, ROWS: tl.constexpr, D: tl.constexpr, BLOCK: tl.constexpr):
+def hadamard(x, ROWS: tl.constexpr, D: tl.constexpr, BLOCK: tl.constexpr):
     """`hadamard.hadamard` of x [ROWS, D]: the same additions in the same order. BLOCK: the power of two that divides
     the head size."""
     for i in tl.static_range(0, 9):
@@ -546,16 +384,16 @@ def _attend_run(
     tl.store(STATE + m * 2 + 1, total)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["offset"])
 def _decode(
-    QUERY, TRANSFORMED, BIAS, BLOCK, PLACES, WORK, POSITION, ACC, STATE, block_stride, num_runs, scaling, softcap,
-    window,
+    QUERY, TRANSFORMED, BIAS, BLOCK, PLACES, WORK, PROMPT, APPENDED, ACC, STATE, block_stride, num_runs, scaling,
+    softcap, window, offset,
     SEGMENTS: tl.constexpr, ROWS: tl.constexpr, HEADS: tl.constexpr, GQA: tl.constexpr, D: tl.constexpr,
     WINDOW: tl.constexpr, SOFTCAP: tl.constexpr, NUMBER: tl.constexpr, USE_ASM: tl.constexpr,
 ):  # fmt: skip
     """Grid (B * H_kv, runs). QUERY [B, H, D]; TRANSFORMED float32 [B, H, D]; BIAS float32 [B, H]; WORK int32 [runs, 3]:
-    (segment, first token, end); POSITION int32 [B]; ACC float32 [B * H_kv, runs, ROWS, D]; STATE float32 [.., ROWS, 2]:
-    (largest logit in base 2, sum of weights)."""
+    (segment, first token, end); PROMPT int32 [B], APPENDED int32 [1]: with `offset` the queries' positions; ACC float32
+    [B * H_kv, runs, ROWS, D]; STATE float32 [.., ROWS, 2]: (largest logit in base 2, sum of weights)."""
     sequence = (tl.program_id(0) // HEADS).to(tl.int64)
     head = tl.program_id(0) % HEADS
     run = tl.program_id(1)
@@ -565,7 +403,7 @@ def _decode(
     entry = head * len(SEGMENTS) + index
     block = BLOCK + sequence * block_stride
     table = block.to(tl.pointer_type(tl.int32)) + entry * 2
-    offset = tl.multiple_of(tl.load(table), 16)
+    segment = block + tl.multiple_of(tl.load(table), 16)
     count = tl.load(table + 1)
     end = tl.minimum(end, count)
     query_row = (sequence * HEADS + head) * GQA + tl.arange(0, ROWS) % GQA
@@ -574,7 +412,7 @@ def _decode(
     state = STATE + at * (ROWS * 2)
     least_position = 0
     if WINDOW:
-        least_position = tl.load(POSITION + sequence) - window
+        least_position = tl.load(PROMPT + sequence) + tl.load(APPENDED) + offset - window
     if first >= end:
         m = tl.arange(0, ROWS)
         tl.store(state + m * 2, tl.full([ROWS], -1e30, tl.float32))
@@ -582,8 +420,11 @@ def _decode(
     else:
         for i in tl.static_range(len(SEGMENTS)):
             if index == i:
+                place = PLACES + entry * 6
+                if _part(SEGMENTS, i, 4):
+                    place = PLACES + (tl.load(place) + tl.cdiv(count, _part(SEGMENTS, i, 4))) * 6
                 _attend_run(
-                    TRANSFORMED if _part(SEGMENTS, i, 0)[7] else QUERY, BIAS, block + offset, PLACES + entry * 6,
+                    TRANSFORMED if _part(SEGMENTS, i, 0)[7] else QUERY, BIAS, segment, place,
                     acc, state, query_row, first, end, count, least_position, scaling, softcap,
                     _part(SEGMENTS, i, 0), _part(SEGMENTS, i, 1), _part(SEGMENTS, i, 2), _part(SEGMENTS, i, 3),
                     ROWS, GQA, D, WINDOW, SOFTCAP, NUMBER, USE_ASM,
@@ -631,7 +472,7 @@ def _merge(
                 plain += tl.sum(tl.where(is_rotated[:, None], 0.0, acc), 0)
     out = plain
     if ROTATED != 0:
-        out += tl.reshape(_hadamard(tl.reshape(rotated, [1, D_PADDED]), 1, D_PADDED, D_BLOCK), [D_PADDED])
+        out += tl.reshape(hadamard(tl.reshape(rotated, [1, D_PADDED]), 1, D_PADDED, D_BLOCK), [D_PADDED])
     out = out / tl.sum(total, 0)
     tl.store(OUT + query_row * D + d, out.to(OUT.dtype.element_ty), mask=is_channel)
 
@@ -658,7 +499,7 @@ def _transform_query(
             bias = tl.sum(q * tl.load(stored + VECTORS[0] * D, mask=mask, other=0.0).to(tl.float32), 0)
         q = q / tl.load(stored + VECTORS[-1] * D, mask=mask, other=1.0).to(tl.float32)
     if ROTATED:
-        q = tl.reshape(_hadamard(tl.reshape(q, [1, D_PADDED]), 1, D_PADDED, D_BLOCK), [D_PADDED])
+        q = tl.reshape(hadamard(tl.reshape(q, [1, D_PADDED]), 1, D_PADDED, D_BLOCK), [D_PADDED])
     tl.store(TRANSFORMED + query_row * D + d, q, mask=mask)
     tl.store(BIAS + query_row, bias)
 
@@ -679,20 +520,18 @@ class Launch:
 def default_launch(layout: BlockLayout, arch: int) -> Launch:
     """By registers, found by compiling (`resources.py`) and not yet timed: one warp where it holds a tile, since more
     repeat each other's work on the few rows. arch: 90 for sm_90."""
-    streams = [
-        max(quantum_tokens(segment.keys.bits), quantum_tokens(segment.values.bits)) for segment in layout.segments
-    ]
+    streams = [segment.quantum for segment in layout.segments]
     has_channel_scales = any(segment.keys.scales == "channel" for segment in layout.segments)
     is_wide = max(streams) > 4 or 1 in streams or (has_channel_scales and arch >= 100)
     return Launch(num_warps=(2 if is_wide else 1) * (2 if layout.head_size > 128 else 1))
 
 
-def _arch(device: torch.device) -> int:
+def arch_of(device: torch.device) -> int:
     major, minor = torch.cuda.get_device_capability(device) if device.type == "cuda" else (9, 0)
     return 10 * major + minor
 
 
-def _slice(size: int) -> int:
+def widest_run(size: int) -> int:
     """The largest power of two that divides `size`: the widest run of channels that matrix products can take whole."""
     return size & -size
 
@@ -712,19 +551,19 @@ def constants(
         if side.scales == "token":
             group = min(side.group, head_size)
         elif side.scales == "channel":
-            group = side.group
+            group = side.group if side.group < room else WHOLE  # one kernel for all rooms of a single group
             if group < room and group % tile:
                 tile_groups = tile // group if tile % group == 0 else (tile - 1) // group + 2
-        width = _slice(head_size) if side.scales != "token" else min(_slice(head_size), _slice(group))
+        width = widest_run(head_size) if side.scales != "token" else min(widest_run(head_size), widest_run(group))
         fields = quantum_tokens(side.bits)
         return (side.bits, side.scales, group, width, operand(side), fields, tile_groups, side.is_transformed)
 
     segments = []
     for segment in layout.segments:
-        streams = max(quantum_tokens(segment.keys.bits), quantum_tokens(segment.values.bits))
+        streams = segment.quantum
         tile = max(launch.words * streams, launch.least_tokens)
         sides = (side_constants(side, segment.capacity, tile) for side in (segment.keys, segment.values))
-        segments.append((*sides, streams, tile))
+        segments.append((*sides, streams, tile, segment.quantum if segment.by_count else 0))
     rows = max(16, triton.next_power_of_2(gqa * max(keys[6] for keys, *_ in segments)))
     if rows > MOST_ROWS:
         least = min(segment.keys.group for segment in layout.segments if segment.keys.scales == "channel")
@@ -753,42 +592,39 @@ def is_interpreted() -> bool:
     return not isinstance(_decode, triton.JITFunction)
 
 
-def make_runs(
-    segments: tuple[tuple[Any, ...], ...], capacities: tuple[int, ...], rows: int, device: torch.device
-) -> Tensor:
+@lru_cache(maxsize=4096)
+def make_runs(layout: BlockLayout, tiles: tuple[int, ...], rows: int, device: torch.device) -> Tensor:
     """int32 [runs, 3]: (segment, first token, end). Runs of equal length, so that heads which hold little end at once
-    and the others still balance; a whole number of tiles, as many as fill the device with `rows` (B * H_kv) beside."""
+    and the others still balance; a whole number of tiles, as many as fill the device with `rows` (B * H_kv) beside.
+    Made once: decode copies nothing to the device."""
     processors = torch.cuda.get_device_properties(device).multi_processor_count if device.type == "cuda" else 4
     wanted = max(1, PROGRAMS_PER_PROCESSOR * processors // rows)
-    length = max(1, -(-sum(capacities) // wanted))
+    held = sum(s.capacity // (layout.num_heads if s.by_count else 1) for s in layout.segments)
+    length = max(1, -(-held // wanted))
     runs = []
-    for index, (capacity, (*_, tile)) in enumerate(zip(capacities, segments, strict=True)):
+    for index, (segment, tile) in enumerate(zip(layout.segments, tiles, strict=True)):
         step = -(-length // tile) * tile
-        runs += [(index, first, min(first + step, capacity)) for first in range(0, capacity, step)]
+        runs += [(index, first, min(first + step, segment.capacity)) for first in range(0, segment.capacity, step)]
     return torch.tensor(runs, dtype=torch.int32, device=device)
 
 
 def attend(
-    query: Tensor,
-    block: Tensor,
-    layout: BlockLayout,
-    position: Tensor,
-    scaling: float,
-    softcap: float | None = None,
-    launch: Launch | None = None,
-) -> Tensor:
-    """`attend_reference` in Triton: query [B, H, D], contiguous, float16, bfloat16 or float32 -> [B, H, D], its dtype.
+    query: Tensor, block: Tensor, layout: BlockLayout, places: Tensor, prompt: Tensor, appended: Tensor,
+    scaling: float, softcap: float | None = None, offset: int = 0, launch: Launch | None = None,
+) -> Tensor:  # fmt: skip
+    """`attend_reference` in Triton: query [B, H, D], contiguous, float16, bfloat16 or float32 -> [B, H, D], its dtype;
+    block uint8 [B, bytes], rows of any stride; places, prompt, appended int32.
 
-    Two launches, three where keys are transformed; no synchronization with the host. Raises UnsupportedByKernelsError.
+    Two launches, three where keys are transformed; no synchronization with the host, and no memory but torch's for the
+    output and for scratch of one layer. Raises UnsupportedByKernelsError.
     """
     num_rows, num_query_heads, head_size = query.shape
     gqa, device = num_query_heads // layout.num_heads, query.device
-    launch = launch or default_launch(layout, _arch(device))
+    launch = launch or default_launch(layout, arch_of(device))
     compiled = constants(layout, query.dtype, gqa, launch, is_interpreted())
     rows, segments = compiled["ROWS"], compiled["SEGMENTS"]
-    capacities = tuple(segment.capacity for segment in layout.segments)
-    runs = layout.runs(segments, capacities, num_rows * layout.num_heads)
-    padded, divisor = triton.next_power_of_2(head_size), _slice(head_size)
+    runs = make_runs(layout, tuple(tile for *_, tile, _ in segments), num_rows * layout.num_heads, device)
+    padded, divisor = triton.next_power_of_2(head_size), widest_run(head_size)
     out = torch.empty_like(query)
     acc = torch.empty(num_rows * layout.num_heads, len(runs), rows, head_size, dtype=torch.float32, device=device)
     state = torch.empty(num_rows * layout.num_heads, len(runs), rows, 2, dtype=torch.float32, device=device)
@@ -803,8 +639,8 @@ def attend(
             D_BLOCK=divisor, NUMBER=compiled["NUMBER"], num_warps=1,
         )  # fmt: skip
     _decode[(num_rows * layout.num_heads, len(runs))](
-        query, transformed, bias, block, layout.places, runs, position, acc, state, block.stride(0), len(runs),
-        scaling if softcap is not None else scaling * LOG2_E_.value, softcap or 0.0, layout.window or 0,
+        query, transformed, bias, block, places, runs, prompt, appended, acc, state, block.stride(0), len(runs),
+        scaling if softcap is not None else scaling * LOG2_E_.value, softcap or 0.0, layout.window or 0, offset,
         SOFTCAP=softcap is not None, **compiled, num_warps=launch.num_warps, num_stages=launch.num_stages,
     )  # fmt: skip
     rotated = sum(1 << i for i, segment in enumerate(layout.segments) if segment.values.scales == "rotated")

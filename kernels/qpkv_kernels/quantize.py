@@ -3,14 +3,14 @@
 One launch writes one side (keys or values) of one tier of every head; keys that are stored through head vectors have
 one launch before it, `key_moments`, for what those vectors are made of. Nothing is gathered to memory: a program reads
 its tokens from the prompt's own keys or values, through the rows that were selected, and writes words, scales and (with
-the keys) positions and table. A block is `decode.BlockLayout`, in integers; this file knows no plan and no model.
+the keys) positions and table. A block is `block.BlockLayout`, in integers; this file knows no plan and no model.
 
 The reference is the runtime's PyTorch (`quantizers.py`, `compression.write_block`), and the two write the same bytes.
 Why they must, on a GPU too:
 
 - Every formula is float32 additions and products, each rounded once, in the reference's order. Launches set
   `enable_fp_fusion=False`, so that no product and sum become one fused rounding; divisions are `tl.div_rn`, never the
-  approximate `/`; constants are the reference's doubles rounded to float32. `_hadamard` has a fixed order of additions.
+  approximate `/`; constants are the reference's doubles rounded to float32. `hadamard` has a fixed order of additions.
 - Rounding half to even is an addition and a subtraction of 1.5 * 2**23, after clamping to where that is exact. Rounding
   to bfloat16 is integer arithmetic (also what Triton's interpreter needs, which holds bfloat16 as bare bits).
 - Minima and maxima have no order. Sums do, so they run in float64 over float32 terms: exact unless terms are some 2**21
@@ -34,13 +34,8 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from qpkv_kernels.decode import (
-    TRITON_DTYPES,
-    BlockLayout,
-    UnsupportedByKernelsError,
-    _hadamard,
-    is_interpreted,
-)
+from qpkv_kernels.block import BlockLayout, UnsupportedByKernelsError
+from qpkv_kernels.decode import TRITON_DTYPES, hadamard, is_interpreted
 from qpkv_kernels.layout import quantum_tokens
 
 OVERFLOWS, NOT_FINITE, SCALE_OVERFLOWS = 1, 2, 4  # bits of `problems`
@@ -54,7 +49,7 @@ MOMENT_TOKENS = 256  # of one partial sum
 
 
 @triton.jit
-def _number_bits(x, NUMBER: tl.constexpr):
+def number_bits(x, NUMBER: tl.constexpr):
     """float32 -> the bits of the nearest 16-bit number, ties to even, as uint16."""
     if tl.bfloat16 == NUMBER:
         bits = x.to(tl.uint32, bitcast=True)
@@ -65,7 +60,7 @@ def _number_bits(x, NUMBER: tl.constexpr):
 
 
 @triton.jit
-def _number(bits, NUMBER: tl.constexpr):
+def number(bits, NUMBER: tl.constexpr):
     """The float32 that these bits (uint16) of a 16-bit number stand for."""
     if tl.bfloat16 == NUMBER:
         return (bits.to(tl.uint32) << 16).to(tl.float32, bitcast=True)
@@ -74,19 +69,19 @@ def _number(bits, NUMBER: tl.constexpr):
 
 
 @triton.jit
-def _load_numbers(SOURCE, at, mask, limit, NUMBER: tl.constexpr):
+def load_numbers(SOURCE, at, mask, limit, NUMBER: tl.constexpr):
     """(the 16-bit type's bits of the values at `at`, zero where masked; bits of `problems`)."""
     TYPE: tl.constexpr = SOURCE.dtype.element_ty
     if tl.float32 == TYPE:
         x = tl.load(SOURCE + at, mask=mask, other=0.0)
-        bits = _number_bits(x, NUMBER)
+        bits = number_bits(x, NUMBER)
     else:
         bits = tl.load(SOURCE.to(tl.pointer_type(tl.uint16)) + at, mask=mask, other=0)
-        x = _number(bits, TYPE)
+        x = number(bits, TYPE)
         if TYPE != NUMBER:
-            bits = _number_bits(x, NUMBER)
+            bits = number_bits(x, NUMBER)
     is_finite = tl.abs(x) <= 3.4028234663852886e38
-    fits = tl.abs(_number(bits, NUMBER)) <= limit
+    fits = tl.abs(number(bits, NUMBER)) <= limit
     return bits, tl.where(is_finite, tl.where(fits, 0, 1), 2)
 
 
@@ -108,7 +103,7 @@ def _write_table(block, OFFSETS, head, offset, count, TIER: tl.constexpr, SEGMEN
 
 
 @triton.jit
-def _report(PROBLEMS, found):
+def report(PROBLEMS, found):
     if found > 0:
         tl.atomic_or(PROBLEMS, found)
 
@@ -142,36 +137,73 @@ def _store_codes(
 
 
 @triton.jit
-def _min_max(low, high, BITS: tl.constexpr, NUMBER: tl.constexpr):
+def min_max(low, high, BITS: tl.constexpr, NUMBER: tl.constexpr):
     """(scale, zero) as bits of the 16-bit type, of groups whose values lie from `low` to `high`; zero without any."""
     is_empty = low > high
-    zero = _number_bits(tl.where(is_empty, 0.0, low), NUMBER)
-    return _number_bits(tl.where(is_empty, 0.0, high - low) * (1 / ((1 << BITS) - 1)), NUMBER), zero
+    zero = number_bits(tl.where(is_empty, 0.0, low), NUMBER)
+    return number_bits(tl.where(is_empty, 0.0, high - low) * (1 / ((1 << BITS) - 1)), NUMBER), zero
 
 
 @triton.jit
-def _affine_codes(x, scale, zero, BITS: tl.constexpr):
+def affine_codes(x, scale, zero, BITS: tl.constexpr):
     """round((x - zero) / scale), 0 where the scale is: int32."""
     steps = tl.div_rn(x - zero, tl.where(scale == 0, float("inf"), scale))
     return _rounded(tl.minimum(tl.maximum(steps, 0.0), (1 << BITS) - 1.0)).to(tl.int32)
 
 
 @triton.jit
-def _store_pairs(SCALES, at, scale, zero, mask):
+def store_pairs(SCALES, at, scale, zero, mask):
     """(scale, zero) as one word each."""
     pair = scale.to(tl.uint32) | (zero.to(tl.uint32) << 16)
     tl.store(SCALES.to(tl.pointer_type(tl.uint32)) + at, pair, mask=mask)
 
 
 @triton.jit
-def _overflows(scale, NUMBER: tl.constexpr):
-    return tl.where(tl.abs(_number(scale, NUMBER)) <= 3.4028234663852886e38, 0, 4)
+def overflows(scale, NUMBER: tl.constexpr):
+    return tl.where(tl.abs(number(scale, NUMBER)) <= 3.4028234663852886e38, 0, 4)
 
 
 @triton.jit
 def _steps(x, scale):
     """x in steps of `scale` from the midpoint above zero."""
     return x * tl.div_rn(1.0, tl.where(scale == 0, float("inf"), scale)) - 0.5
+
+
+@triton.jit
+def search_scale(
+    x, is_channel, TILE: tl.constexpr, CLIPS: tl.constexpr, BITS: tl.constexpr, NUMBER: tl.constexpr
+):  # fmt: skip
+    """The bits of the scale of each token of x [TILE, C] whose midpoint codes have the least squared error."""
+    HALF: tl.constexpr = 1 << (BITS - 1)
+    largest = tl.max(tl.abs(x), 1)
+    scale_bits = number_bits(largest * (CLIPS[0] / HALF), NUMBER)
+    if len(CLIPS) > 1:
+        energy = tl.sum((x * x).to(tl.float64), 1)
+        least = tl.full([TILE], float("inf"), tl.float64)
+        for i in tl.range(len(CLIPS)):  # not unrolled, which would take seven times as long to compile
+            clip = tl.full([], CLIPS[0] / HALF, tl.float32)
+            for j in tl.static_range(1, len(CLIPS)):
+                clip = tl.where(i == j, CLIPS[j] / HALF, clip)
+            bits_here = number_bits(largest * clip, NUMBER)
+            scale = number(bits_here, NUMBER)
+            steps = _steps(x, scale[:, None])
+            # beyond the codes nothing is rounded, so clamping before it is the same
+            error = _rounded(tl.minimum(tl.maximum(steps, -1.0 * HALF), HALF - 1.0)) - steps
+            error = tl.where(is_channel[None, :], error * error, 0.0)
+            wide = scale.to(tl.float64)
+            cost = tl.where(scale == 0, energy, tl.sum(error.to(tl.float64), 1) * (wide * wide))
+            is_better = cost < least
+            scale_bits = tl.where(is_better, bits_here, scale_bits)
+            least = tl.where(is_better, cost, least)
+    return scale_bits
+
+
+@triton.jit
+def midpoint_codes(x, scale_bits, BITS: tl.constexpr, NUMBER: tl.constexpr):
+    """int32 codes of x [TILE, C] under the scales with these bits."""
+    HALF: tl.constexpr = 1 << (BITS - 1)
+    steps = _steps(x, number(scale_bits, NUMBER)[:, None])
+    return _rounded(tl.minimum(tl.maximum(steps, -1.0 * HALF), HALF - 1.0)).to(tl.int32) + HALF
 
 
 # --- kernels -------------------------------------------------------------------------------------------------------
@@ -217,62 +249,41 @@ def _write_tokens(
     row = tl.load(ROWS + pair * num_slots + token, mask=held, other=0)
     at = sequence * row_stride + head * head_stride + row[:, None] * token_stride + channel[None, :]
     mask = held[:, None] & is_channel[None, :]
-    bits, problem = _load_numbers(SOURCE, at, mask, limit, NUMBER)
+    bits, problem = load_numbers(SOURCE, at, mask, limit, NUMBER)
     found = tl.max(tl.max(problem, 1), 0)
     if BITS == 16:
         code_at = token[:, None] * D + channel[None, :]
         is_stored = is_room[:, None] & is_channel[None, :]
         tl.store(codes_at.to(tl.pointer_type(tl.uint16)) + code_at, bits, mask=is_stored)
     else:
-        x = _number(bits, NUMBER)
+        x = number(bits, NUMBER)
         if len(VECTORS) > 0:
             stored = (block + vectors).to(tl.pointer_type(tl.uint16)) + head * (STORED_VECTORS * D) + channel
-            balancer = _number(tl.load(stored + VECTORS[-1] * D, mask=is_channel, other=0), NUMBER)
+            balancer = number(tl.load(stored + VECTORS[-1] * D, mask=is_channel, other=0), NUMBER)
             if len(VECTORS) == 2:
-                x = x - _number(tl.load(stored + VECTORS[0] * D, mask=is_channel, other=0), NUMBER)[None, :]
+                x = x - number(tl.load(stored + VECTORS[0] * D, mask=is_channel, other=0), NUMBER)[None, :]
             x = tl.where(mask, x * balancer[None, :], 0.0)
         if SCALES == "rotated":
-            HALF: tl.constexpr = 1 << (BITS - 1)
-            x = _hadamard(x, TILE, C, D_BLOCK)
-            largest = tl.max(tl.abs(x), 1)
-            scale_bits = _number_bits(largest * (CLIPS[0] / HALF), NUMBER)
-            if len(CLIPS) > 1:
-                energy = tl.sum((x * x).to(tl.float64), 1)
-                least = tl.full([TILE], float("inf"), tl.float64)
-                for i in tl.range(len(CLIPS)):  # not unrolled, which would take seven times as long to compile
-                    clip = tl.full([], CLIPS[0] / HALF, tl.float32)
-                    for j in tl.static_range(1, len(CLIPS)):
-                        clip = tl.where(i == j, CLIPS[j] / HALF, clip)
-                    bits_here = _number_bits(largest * clip, NUMBER)
-                    scale = _number(bits_here, NUMBER)
-                    steps = _steps(x, scale[:, None])
-                    # beyond the codes nothing is rounded, so clamping before it is the same
-                    error = _rounded(tl.minimum(tl.maximum(steps, -1.0 * HALF), HALF - 1.0)) - steps
-                    error = tl.where(is_channel[None, :], error * error, 0.0)
-                    wide = scale.to(tl.float64)
-                    cost = tl.where(scale == 0, energy, tl.sum(error.to(tl.float64), 1) * (wide * wide))
-                    is_better = cost < least
-                    scale_bits = tl.where(is_better, bits_here, scale_bits)
-                    least = tl.where(is_better, cost, least)
-            steps = _steps(x, _number(scale_bits, NUMBER)[:, None])
-            codes = _rounded(tl.minimum(tl.maximum(steps, -1.0 * HALF), HALF - 1.0)).to(tl.int32) + HALF
+            x = hadamard(x, TILE, C, D_BLOCK)
+            scale_bits = search_scale(x, is_channel, TILE, CLIPS, BITS, NUMBER)
+            codes = midpoint_codes(x, scale_bits, BITS, NUMBER)
             tl.store(scales_at.to(tl.pointer_type(tl.uint16)) + token, scale_bits, mask=is_room)
-            found = found | tl.max(_overflows(scale_bits, NUMBER), 0)
+            found = found | tl.max(overflows(scale_bits, NUMBER), 0)
         else:
             groups = tl.reshape(x, [TILE, GROUPS_PADDED, GROUP_PADDED])
             member = tl.reshape(mask, [TILE, GROUPS_PADDED, GROUP_PADDED])
             low = tl.min(tl.where(member, groups, float("inf")), 2)
             high = tl.max(tl.where(member, groups, float("-inf")), 2)
-            scale, zero = _min_max(low, high, BITS, NUMBER)
-            codes = _affine_codes(groups, _number(scale, NUMBER)[:, :, None], _number(zero, NUMBER)[:, :, None], BITS)
+            scale, zero = min_max(low, high, BITS, NUMBER)
+            codes = affine_codes(groups, number(scale, NUMBER)[:, :, None], number(zero, NUMBER)[:, :, None], BITS)
             codes = tl.reshape(tl.where(member, codes, 0), [TILE, C])
             g = tl.arange(0, GROUPS_PADDED)
             is_stored = is_room[:, None] & (g < GROUPS)[None, :]
-            _store_pairs(scales_at, token[:, None] * GROUPS + g[None, :], scale, zero, is_stored)
-            overflow = tl.where(is_stored, _overflows(scale, NUMBER) | _overflows(zero, NUMBER), 0)
+            store_pairs(scales_at, token[:, None] * GROUPS + g[None, :], scale, zero, is_stored)
+            overflow = tl.where(is_stored, overflows(scale, NUMBER) | overflows(zero, NUMBER), 0)
             found = found | tl.max(tl.max(overflow, 1), 0)
         _store_codes(codes_at, codes, first, room, room, channel, is_channel, BITS, FIELDS, TILE, C, D)
-    _report(PROBLEMS + SIDE, found)
+    report(PROBLEMS + SIDE, found)
 
 
 @triton.jit
@@ -313,8 +324,8 @@ def _write_channels(
         held = token < tl.minimum(count, end)
         row = tl.load(ROWS + pair * num_slots + token, mask=held, other=0)
         mask = held[:, None] & is_channel[None, :]
-        bits, problem = _load_numbers(SOURCE, source + row[:, None] * token_stride, mask, limit, NUMBER)
-        x = _number(bits, NUMBER)
+        bits, problem = load_numbers(SOURCE, source + row[:, None] * token_stride, mask, limit, NUMBER)
+        x = number(bits, NUMBER)
         low = tl.minimum(low, tl.min(tl.where(mask, x, float("inf")), 0))
         high = tl.maximum(high, tl.max(tl.where(mask, x, float("-inf")), 0))
         found = found | tl.max(tl.max(problem, 1), 0)
@@ -323,22 +334,22 @@ def _write_channels(
                 position = tl.load(POSITIONS + pair * num_slots + token, mask=held, other=0)
                 places = (segment + tl.load(place + 2)).to(tl.pointer_type(tl.int32))
                 tl.store(places + token, position, mask=token < end)
-    scale, zero = _min_max(low, high, BITS, NUMBER)
+    scale, zero = min_max(low, high, BITS, NUMBER)
     if begin < room:
         num_groups = (room + GROUP - 1) // GROUP
-        _store_pairs(scales_at, channel * num_groups + group, scale, zero, is_channel)
-    found = found | tl.max(tl.where(is_channel, _overflows(scale, NUMBER) | _overflows(zero, NUMBER), 0), 0)
+        store_pairs(scales_at, channel * num_groups + group, scale, zero, is_channel)
+    found = found | tl.max(tl.where(is_channel, overflows(scale, NUMBER) | overflows(zero, NUMBER), 0), 0)
     for first in range(begin, end, TILE):
         token = first + tl.arange(0, TILE)
         held = token < tl.minimum(count, end)
         row = tl.load(ROWS + pair * num_slots + token, mask=held, other=0)
         mask = held[:, None] & is_channel[None, :]
-        bits, problem = _load_numbers(SOURCE, source + row[:, None] * token_stride, mask, limit, NUMBER)
-        x = _number(bits, NUMBER)
-        codes = _affine_codes(x, _number(scale, NUMBER)[None, :], _number(zero, NUMBER)[None, :], BITS)
+        bits, problem = load_numbers(SOURCE, source + row[:, None] * token_stride, mask, limit, NUMBER)
+        x = number(bits, NUMBER)
+        codes = affine_codes(x, number(scale, NUMBER)[None, :], number(zero, NUMBER)[None, :], BITS)
         codes = tl.where(mask, codes, 0)
         _store_codes(codes_at, codes, first, end, room, channel, is_channel, BITS, FIELDS, TILE, CHANNELS, D)
-    _report(PROBLEMS, found)
+    report(PROBLEMS, found)
 
 
 @triton.jit
@@ -363,8 +374,8 @@ def _key_moments(
         held = token < count
         row = tl.load(ROWS + pair * num_slots + token, mask=held, other=0)
         mask = held[:, None] & is_channel[None, :]
-        bits, _problem = _load_numbers(SOURCE, source + row[:, None] * token_stride, mask, 0.0, NUMBER)
-        x = _number(bits, NUMBER).to(tl.float64)
+        bits, _problem = load_numbers(SOURCE, source + row[:, None] * token_stride, mask, 0.0, NUMBER)
+        x = number(bits, NUMBER).to(tl.float64)
         total += tl.sum(x, 0)
         squares += tl.sum(x * x, 0)
         largest = tl.maximum(largest, tl.max(tl.abs(x), 0))
@@ -403,14 +414,14 @@ class Kept:
 
 
 def write_tier(
-    block: Tensor, layout: BlockLayout, offsets: Tensor, tier: int, prompt: Prompt, kept: Kept, problems: Tensor,
-    limit: float, clips: Mapping[int, tuple[float, ...]],
+    block: Tensor, layout: BlockLayout, places: Tensor, offsets: Tensor, tier: int, prompt: Prompt, kept: Kept,
+    problems: Tensor, limit: float, clips: Mapping[int, tuple[float, ...]],
 ) -> None:  # fmt: skip
     """Write a tier's tokens, and its part of the table, into `block` (uint8 [B, bytes], 16-byte aligned rows).
 
-    offsets: int32 [H_kv, segments], where in a block the segments lie; problems: int32 [2], for keys and values, gets
-    the bits OVERFLOWS (a kept number is above `limit`), NOT_FINITE and SCALE_OVERFLOWS set; clips: for each width, what
-    the search for a rotated token's scale tries. Head vectors must stand in the block.
+    places: the layout's table; offsets: int32 [H_kv, segments], where in a block the segments lie; problems: int32 [2],
+    for keys and values, gets the bits OVERFLOWS (a kept number is above `limit`), NOT_FINITE and SCALE_OVERFLOWS set;
+    clips: for each width, what the search for a rotated token's scale tries. Head vectors must stand in the block.
 
     Raises UnsupportedByKernelsError.
     """
@@ -422,7 +433,7 @@ def write_tier(
         kernel = _write_channels if side.scales == "channel" else _write_tokens
         vectors = {} if side.scales == "channel" else {"vectors": layout.vectors}
         kernel[(num_rows * num_heads, *grid)](
-            x, rows, counts, positions, offsets, layout.places, block, problems,
+            x, rows, counts, positions, offsets, places, block, problems,
             row_stride=x.stride(0), head_stride=x.stride(1), token_stride=x.stride(2), block_stride=block.stride(0),
             num_slots=rows.shape[2], limit=limit, **vectors,
             POSITIONED=kept.positions is not None and index == 0, **constants,

@@ -14,6 +14,7 @@ import json
 import re
 import subprocess
 import tempfile
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -22,16 +23,18 @@ import triton
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 
-from qpkv_kernels import decode
-from qpkv_kernels.decode import BlockLayout, Launch, Segment, Side
+from qpkv_kernels import append, decode
+from qpkv_kernels.block import BlockLayout, Segment, Side
+from qpkv_kernels.decode import Launch
 
 TOOLS = Path(triton.__file__).parent / "backends" / "nvidia" / "bin"
 POINTERS = {
-    "TRANSFORMED": "*fp32", "BIAS": "*fp32", "BLOCK": "*u8", "PLACES": "*i32", "WORK": "*i32", "POSITION": "*i32",
-    "ACC": "*fp32", "STATE": "*fp32",
+    "TRANSFORMED": "*fp32", "BIAS": "*fp32", "BLOCK": "*u8", "PLACES": "*i32", "WORK": "*i32", "PROMPT": "*i32",
+    "APPENDED": "*i32", "PROBLEMS": "*i32", "ACC": "*fp32", "STATE": "*fp32",
 }  # fmt: skip
 SCALARS = {
     "block_stride": "i64", "num_runs": "i32", "scaling": "fp32", "softcap": "fp32", "window": "i32", "vectors": "i32",
+    "offset": "i32", "limit": "fp32", "key_row": "i32", "key_head": "i32", "value_row": "i32", "value_head": "i32",
 }  # fmt: skip
 
 
@@ -47,8 +50,7 @@ def make_layout(keys: str, values: str, head_size: int, dtype: torch.dtype) -> B
     """A tier of 8 KV heads in the given format, and a reserve of rotated 4-bit codes in the same launch."""
     tier = Segment(side(keys), side(values), 512)
     reserve = Segment(side("rotated4"), side("rotated4"), 64)
-    places = torch.zeros(8, 2, 6, dtype=torch.int32)
-    return BlockLayout((tier, reserve), 8, head_size, places, 0, 2, None, dtype)
+    return BlockLayout((tier, reserve), 8, head_size, 64, 0, 2, None, str(dtype).removeprefix("torch."))
 
 
 def compile_decode(
@@ -58,11 +60,17 @@ def compile_decode(
     """(the compiled `_decode`, bytes of keys and values in a tile of the tier). Needs TRITON_INTERPRET unset."""
     layout = make_layout(keys, values, head_size, dtype)
     if not with_reserve:
-        layout = BlockLayout(layout.segments[:1], 8, head_size, layout.places[:, :1], 0, 2, None, dtype)
+        layout = replace(layout, segments=layout.segments[:1])
     launch = launch or decode.default_launch(layout, arch)
     constants = {**decode.constants(layout, dtype, gqa, launch, is_interpreted=False), "SOFTCAP": False}
     query = {torch.float16: "*fp16", torch.bfloat16: "*bf16"}[dtype]
-    compiled = _compile(decode._decode, {"QUERY": query, **POINTERS}, constants, arch, launch)
+    compiled = _compile(
+        decode._decode,
+        {"QUERY": query, **POINTERS},
+        constants,
+        arch,
+        {"num_warps": launch.num_warps, "num_stages": launch.num_stages},
+    )
     tile = constants["SEGMENTS"][0][3]
     tier = layout.segments[0]
     return compiled, tile * head_size * (tier.keys.bits + tier.values.bits) // 8
@@ -72,7 +80,7 @@ def compile_merge(arch: int) -> Any:
     constants = {
         "ROTATED": 2, "TILE_GROUPS": 1, "ROWS": 16, "GQA": 4, "D": 128, "D_PADDED": 128, "D_BLOCK": 128, "RUNS": 16,
     }  # fmt: skip
-    return _compile(decode._merge, {**POINTERS, "OUT": "*fp16"}, constants, arch, Launch())
+    return _compile(decode._merge, {**POINTERS, "OUT": "*fp16"}, constants, arch, {"num_warps": 1})
 
 
 def compile_transform(arch: int) -> Any:
@@ -80,10 +88,22 @@ def compile_transform(arch: int) -> Any:
         "VECTORS": (0, 1), "STORED_VECTORS": 2, "ROTATED": True, "HEADS": 8, "GQA": 4, "D": 128, "D_PADDED": 128,
         "D_BLOCK": 128, "NUMBER": decode.TRITON_DTYPES[torch.float16],
     }  # fmt: skip
-    return _compile(decode._transform_query, {"QUERY": "*fp16", **POINTERS}, constants, arch, Launch())
+    return _compile(decode._transform_query, {"QUERY": "*fp16", **POINTERS}, constants, arch, {"num_warps": 1})
 
 
-def _compile(kernel: Any, pointers: dict[str, str], constants: dict[str, Any], arch: int, launch: Launch) -> Any:
+def compile_append(reserve: str, arch: int, head_size: int = 128, dtype: torch.dtype = torch.float16) -> Any:
+    """The compiled `_append` to a reserve of this format, keys and values alike."""
+    layout = make_layout(reserve, reserve, head_size, dtype)
+    layout = replace(layout, segments=layout.segments[:1])
+    query = {torch.float16: "*fp16", torch.bfloat16: "*bf16"}[dtype]
+    pointers = {"KEY": query, "VALUE": query, **POINTERS}
+    options = {"num_warps": 1, "enable_fp_fusion": False}
+    return _compile(append._append, pointers, append.constants(layout, CLIPS), arch, options)
+
+
+def _compile(
+    kernel: Any, pointers: dict[str, str], constants: dict[str, Any], arch: int, options: dict[str, Any]
+) -> Any:
     types = {**pointers, **SCALARS, **dict.fromkeys(constants, "constexpr")}
     names = kernel.arg_names
     signature = {name: types[name] for name in names}
@@ -94,7 +114,6 @@ def _compile(kernel: Any, pointers: dict[str, str], constants: dict[str, Any], a
         constexprs={(names.index(name),): value for name, value in constants.items()},
         attrs={(names.index(name),): [["tt.divisibility", 16]] for name in is_aligned},
     )
-    options = {"num_warps": launch.num_warps, "num_stages": launch.num_stages}
     return triton.compile(source, target=GPUTarget("cuda", arch, 32), options=options)
 
 
@@ -159,6 +178,10 @@ OTHERS = (
 )
 
 
+CLIPS = {4: (1.0, 0.9, 0.8, 0.7), 1: (1.0, 0.9, 0.8, 0.7, 0.65, 0.6, 0.55, 0.5, 0.45, 0.4)}  # as the runtime's
+RESERVES = ("rotated4", "token4", "16bit", "token3", "rotated1")
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
     parser.add_argument("--arch", type=int, nargs="+", default=[80, 90, 100], help="80 is sm_80")
@@ -175,6 +198,9 @@ def main() -> None:
             print(json.dumps(row), flush=True)
         for name, make in (("merge", compile_merge), ("transform_query", compile_transform)):
             print(json.dumps({"kernel": name, "arch": arch, **resources(make(arch))}), flush=True)
+        for reserve in RESERVES if arguments.all else RESERVES[:1]:
+            row = {"kernel": "append", "arch": arch, "reserve": reserve, **resources(compile_append(reserve, arch))}
+            print(json.dumps(row), flush=True)
 
 
 if __name__ == "__main__":
