@@ -166,7 +166,7 @@ one of them could get."""
 
 def _capacities(ledger: LayerLedger, holdings: Holdings | None = None) -> Capacities:
     """holdings: needed where heads are divided anew."""
-    capacities = []
+    capacities: list[tuple[int, ...]] = []
     for tier, format in enumerate(ledger.formats):
         if ledger.shared is not None and tier < len(ledger.tier_formats):
             assert holdings is not None

@@ -9,11 +9,12 @@ from typing import Any
 
 import pytest
 import torch
-from conftest import make_model, prompts, random_plan
+from conftest import make_model, make_space, prompts, random_plan
 from test_decode_kernel import RESERVE, counters, fmt, make_block
 from transformers import PreTrainedModel
 
 from qpkv_kernels import append, decode
+from qpkv_planner.allocation import Choice
 from qpkv_runtime.cache import PlannedCache
 from qpkv_runtime.errors import CacheError, NumericsError
 from qpkv_runtime.graph import DecodeLoop
@@ -125,9 +126,10 @@ def test_a_graph_is_refused_where_it_cannot_be():
 
 
 def adaptive_plan(model: PreTrainedModel) -> Plan:
-    """Heads divided anew for each prompt, keys in token groups of their own length."""
+    """Heads divided anew for each prompt; keys in token groups no longer than what a head holds."""
     reserve = Decode(reserve_tokens=3, format="rotated-k3v2")
-    return random_plan(model, 4, "1/3", heads=Heads(share="adaptive"), decode=reserve)
+    space = make_space(model, "1/2", heads=Heads(share="adaptive"), decode=reserve)
+    return space.plan([Choice(16, "kivi-k4v4"), Choice(16, "flexgen-k4v4")])
 
 
 def test_the_loop_over_the_kernels_gives_the_tokens_of_the_reference_with_heads_divided_anew(
