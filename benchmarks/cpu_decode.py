@@ -129,10 +129,6 @@ def main() -> int:
         arguments.models, arguments.context_lengths, arguments.repeats = ["smollm2"], [2048], 3
     torch.set_num_threads(arguments.threads)
     rows: list[dict[str, str]] = []
-    with torch.inference_mode():
-        for model in arguments.models:
-            for context in arguments.context_lengths:
-                rows += measure(model, context, arguments.repeats)
     where = {
         "hardware": arguments.hardware,
         "threads": str(arguments.threads),
@@ -140,10 +136,14 @@ def main() -> int:
         "commit": _commit(),
     }
     arguments.output.parent.mkdir(parents=True, exist_ok=True)
-    with arguments.output.open("w", newline="") as file:
-        writer = csv.DictWriter(file, fieldnames=[*rows[0], *where])
-        writer.writeheader()
-        writer.writerows({**row, **where} for row in rows)
+    for context in arguments.context_lengths:
+        for model in arguments.models:
+            with torch.inference_mode():
+                rows += measure(model, context, arguments.repeats)
+            with arguments.output.open("w", newline="") as file:
+                writer = csv.DictWriter(file, fieldnames=[*rows[0], *where])
+                writer.writeheader()
+                writer.writerows({**row, **where} for row in rows)
     print("\n".join(table([list(rows[0]), *(list(row.values()) for row in rows)], left={0, 2, 3, 4})))
     print(f"\n{arguments.output}: " + ", ".join(f"{key} {value}" for key, value in where.items()))
     return 0
