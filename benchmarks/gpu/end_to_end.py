@@ -23,13 +23,13 @@ from typing import Any
 
 import torch
 from measure import Rows, captured, finish, free_bytes, machine, percentiles, random_block
-from qpkv_runtime.graph import DecodeLoop
 from transformers import AutoModelForCausalLM, LlamaConfig, MistralConfig, PreTrainedModel, StaticCache
 
 import qpkv_runtime.attention
 from qpkv_planner.uniform import uniform_plan
 from qpkv_runtime import PlannedCache, load_model
 from qpkv_runtime.backend import VARIABLE, use_kernels
+from qpkv_runtime.graph import DecodeLoop
 from qpkv_runtime.ledger import full_bytes
 from qpkv_runtime.models.aliases import KNOWN_MODELS
 from qpkv_runtime.models.identity import model_shape

@@ -156,9 +156,8 @@ def packed(tokens: int, format: str, spread: int, batch: int, device: torch.devi
                 layer.attend(query, *new, 0, prompt, scaling, None)
 
     else:
-        from qpkv_runtime.decode_step import Counters, DecodeStep
-
         from qpkv_kernels import ops
+        from qpkv_runtime.decode_step import Counters, DecodeStep
 
         step, counters = DecodeStep.of(one, 0, device), Counters.of([tokens] * batch, 0, 1, device)
 
