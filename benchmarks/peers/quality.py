@@ -10,11 +10,11 @@ as it is done, and leaves out those that are there.
 Everyone gets each prompt but its last token in one prefill with a fresh cache, then the answer token by token with
 explicit positions. Bytes are those of the tensors that live after the answer, floats counted as 16 bit (all run in
 float32): answers are paid for by everyone. A press keeps the most tokens for which that stays within the limit; a
-QuantizedCache only takes whole groups. kvpress scores the unquantized prompt, then what it keeps is quantized once.
-AdaKV and KVzip only mask: their tensors stay whole, `masked_bytes` says what the unmasked would weigh. A QuantizedCache
-alone keeps every token and is over any small limit: its bytes say by how much. Presses look at 16 last queries, or at
-half of what they may keep where that is less; kvpress's pyramid falls back to SnapKV where its last layer would keep
-fewer tokens than that window (all of its rows below 1/16 at 16 bit).
+QuantizedCache only takes whole groups (of 64 or 32, whichever leaves room for more tokens). kvpress scores the
+unquantized prompt, then what it keeps is quantized once. AdaKV and KVzip only mask: their tensors stay whole,
+`masked_bytes` says what the unmasked would weigh. A QuantizedCache alone keeps every token and is over any small limit:
+its bytes say by how much. Presses look at 16 last queries, or at half of what they may keep where that is less;
+kvpress's pyramid falls back to SnapKV where its last layer would keep fewer tokens than that window.
 Peak memory is what the process grows by from before a prompt to its answer's end (Linux).
 """
 
@@ -29,7 +29,7 @@ import math
 import subprocess
 import time
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any
@@ -256,13 +256,17 @@ def peers(args: argparse.Namespace) -> None:
         most = None
         if peer.press is not None:
             most = run["limit_bytes"] // token_bytes - longest
-            if peer.quantized is not None:
-                most = _quantized_tokens(peer.quantized, config, run["limit_bytes"] - longest * token_bytes)
+            if peer.quantized is not None:  # in the groups that leave room for more tokens
+                room = run["limit_bytes"] - longest * token_bytes
+                sizes = [replace(peer, quantized={**peer.quantized, "q_group_size": group}) for group in (64, 32)]
+                peer = max(sizes, key=lambda one: _quantized_tokens(one.quantized, config, room))
+                most = _quantized_tokens(peer.quantized, config, room)
         if most is not None and most < 1:
             row = {"name": peer.name, "does_not_fit": True}
         else:
             row = summary(peer.name, samples, answers(model, samples, _prefill(model, peer, most), _weigh), full)
             row["tokens"] = most
+            row["group_size"] = peer.quantized and peer.quantized["q_group_size"]
             if peer.only_masks and most is not None:
                 row["masked_bytes"] = (most + longest) * token_bytes
         run["rows"].append(row)
@@ -377,8 +381,8 @@ def table(args: argparse.Namespace) -> None:
             "limit_bytes": run["limit_bytes"], "samples": len(run["samples"]), "hardware": args.hardware, "threads": 1,
             "commit": run["commit"], **{f"peers_{name}": value for name, value in run.get("peer_versions", {}).items()},
         }  # fmt: skip
-        names = ["name", "tokens", "cross_entropy", "kl", "exact", "bytes", "masked_bytes", "prefill_seconds",
-                 "seconds_per_token", "peak_bytes", "does_not_fit", *where]  # fmt: skip
+        names = ["name", "tokens", "group_size", "cross_entropy", "kl", "exact", "bytes", "masked_bytes",
+                 "prefill_seconds", "seconds_per_token", "peak_bytes", "does_not_fit", *where]  # fmt: skip
         with args.csv.open("w", newline="") as file:
             writer = csv.DictWriter(file, names, extrasaction="ignore")
             writer.writeheader()
