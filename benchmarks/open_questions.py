@@ -1,7 +1,7 @@
 """What the papers leave open, measured for a plan and its best uniform rival at equal exact bytes.
 
-    python benchmarks/open_questions.py --plan plans/smollm2__1-64.yaml
-    python benchmarks/open_questions.py --plan plans/tiny__1-8.yaml --contexts 1      (quick)
+    python -m benchmarks.open_questions --plan plans/smollm2__1-64.yaml
+    python -m benchmarks.open_questions --plan plans/tiny__1-8.yaml --contexts 1      (quick)
 
 1. Other texts than the plan was calibrated on: facts in prose, facts in code, and a chat of four turns whose last asks
    for a detail of the first. Documents, facts and wordings are of the test split or of this file.
@@ -15,9 +15,7 @@ Prints the tables and writes them to benchmarks/results/open_questions_<plan>.md
 from __future__ import annotations
 
 import argparse
-import os
 import random
-import subprocess
 import sys
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
@@ -28,6 +26,7 @@ import torch
 from numpy.typing import NDArray
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
+from benchmarks.where import RESULTS, commit, cpu
 from qpkv_planner import texts
 from qpkv_planner.allocation import Space
 from qpkv_planner.calibration import CONTINUATION_TOKENS, WORDS, Context, Data, Sample, Split, make_split
@@ -42,7 +41,6 @@ from qpkv_runtime.plan import Plan, load_plan
 FACTS = {"number": 2, "word": 1, "place": 1, "line": 1, "chain": 1}
 NAMES = ("full cache", "best uniform", "plan")
 NUM_BINS = 10
-RESULTS = Path(__file__).parent / "results"
 
 DETAILS = (  # what someone says of themselves in turn one, the question in turn four, how the answer begins
     ("number", "My customer number is {number}.", "What was my customer number?", "Your customer number is"),
@@ -254,13 +252,12 @@ def main() -> int:
     by_domain = {split.name: measure(model, split, plans) for split in splits}
     agnostic = measure(model, replace(splits[0], regime="agnostic"), plans)
 
-    commit = subprocess.run(["git", "describe", "--always", "--dirty"], capture_output=True, text=True, check=False)
     mix = dict(record.data.get("mix", {}))
     text = f"""# What the papers leave open, on {plan.model.id}
 
-`python benchmarks/open_questions.py --plan {arguments.plan} --contexts {count} --seed {seed}`, {plan.budget.requested}
+`python -m benchmarks.open_questions --plan {arguments.plan} --contexts {count} --seed {seed}`, {plan.budget.requested}
 of {size} tokens ({plan.budget.planned_bytes:,} bytes); best uniform: {record.best_uniform}. Commit
-{commit.stdout.strip()}, {os.cpu_count()} CPU cores ({_cpu()}), no GPU, {plan.model.dtype}, torch {torch.__version__}.
+{commit()}, {cpu()}, {plan.model.dtype} on {model.device}, torch {torch.__version__}.
 {count} contexts of each kind, other texts, facts and wordings than the search or validation saw; nats per token.
 
 ## Other texts than the plan was calibrated on
@@ -286,11 +283,6 @@ The prose above; the plan was calibrated {record.data.get("regime", "aware")}.
     output.write_text(text, encoding="utf-8")
     print(text)
     return 0
-
-
-def _cpu() -> str:
-    lines = Path("/proc/cpuinfo").read_text().splitlines() if Path("/proc/cpuinfo").exists() else []
-    return next((line.partition(":")[2].strip() for line in lines if line.startswith("model name")), "unknown")
 
 
 if __name__ == "__main__":

@@ -1,7 +1,7 @@
 """Needles and RULER for plans, their best uniform rivals and the full cache, on the same samples.
 
-    python benchmarks/tasks.py --plans plans/smollm2__*.yaml --study tasks
-    python benchmarks/tasks.py --plans plans/tiny__1-8.yaml --suites niah --samples 1 --study tasks-tiny    (quick)
+    python -m benchmarks.tasks --plans plans/smollm2__*.yaml --study tasks
+    python -m benchmarks.tasks --plans plans/tiny__1-8.yaml --suites niah --samples 1 --study tasks-tiny    (quick)
 
 Every answer is kept in --study as it comes; the same command goes on where it was stopped. Writes a row for each
 contestant, suite, task and length to benchmarks/results/tasks_<model>.csv, with hardware and commit, and prints them.
@@ -11,15 +11,11 @@ The intervals are 95 % bootstraps over samples, the differences paired.
 from __future__ import annotations
 
 import argparse
-import csv
-import os
-import subprocess
 import sys
 from pathlib import Path
 from typing import Any
 
-import torch
-
+from benchmarks.where import RESULTS, where, write_rows
 from qpkv_planner.allocation import Space
 from qpkv_planner.evaluation import niah, ruler
 from qpkv_planner.evaluation.answering import Runner
@@ -33,11 +29,10 @@ from qpkv_runtime.overview import table
 from qpkv_runtime.plan import Plan, load_plan
 
 SUITES = {"niah": niah.make_samples, "ruler": ruler.make_samples}
-RESULTS = Path(__file__).parent / "results"
 
 
 def main(argv: list[str] | None = None) -> int:
-    return run_command("tasks.py", lambda: _main(argv))
+    return run_command("tasks", lambda: _main(argv))
 
 
 def _main(argv: list[str] | None) -> int:
@@ -80,14 +75,9 @@ def _main(argv: list[str] | None) -> int:
         own = answered(f"{plan.budget.requested} plan", plan)
         rows += _rows(f"best uniform ({setting.name})", plan.budget.requested, uniform, uniform)
         rows += _rows("plan", plan.budget.requested, own, uniform)
-    commit = subprocess.run(["git", "describe", "--always", "--dirty"], capture_output=True, text=True, check=False)
-    where = {"model": first.model.id, "seed": options.seed, "max_new_tokens": args.max_new_tokens,
-             "cores": os.cpu_count(), "torch": torch.__version__, "commit": commit.stdout.strip()}  # fmt: skip
+    made = {"model": first.model.id, "seed": options.seed, "max_new_tokens": args.max_new_tokens, **where()}
     output = args.output or RESULTS / f"tasks_{first.model.id}.csv"
-    with output.open("w", newline="") as file:
-        writer = csv.DictWriter(file, [*rows[0], *where])
-        writer.writeheader()
-        writer.writerows({**row, **where} for row in rows)
+    write_rows(output, [{**row, **made} for row in rows])
     print("\n".join(table([list(rows[0]), *([str(cell) for cell in row.values()] for row in rows)], left={0, 1, 2, 3})))
     return 0
 

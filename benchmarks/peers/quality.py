@@ -1,8 +1,8 @@
 """The same samples, the same model, the same bytes: our plans, kvpress, and transformers' QuantizedCache.
 
-    qpkv-python benchmarks/peers/quality.py ours  --plan plans/tiny__1-32.yaml --contexts 8 --output run.json
-    peer-python benchmarks/peers/quality.py peers --run run.json          (quality-requirements.txt's environment)
-    qpkv-python benchmarks/peers/quality.py table --run run.json --csv benchmarks/results/peers_tiny.csv
+    qpkv-python -m benchmarks.peers.quality ours  --plan plans/tiny__1-32.yaml --contexts 8 --output run.json
+    peer-python -m benchmarks.peers.quality peers --run run.json          (quality-requirements.txt's environment)
+    qpkv-python -m benchmarks.peers.quality table --run run.json --csv benchmarks/results/peers_tiny.csv
 
 `ours` makes test samples (facts in real text, asked at the prompt's end), measures the full cache, the plans and their
 uniform rivals through the runtime, and writes them with the samples; `peers` adds its rows under the same limit, each
@@ -21,12 +21,10 @@ Peak memory is what the process grows by from before a prompt to its answer's en
 from __future__ import annotations
 
 import argparse
-import csv
 import ctypes
 import gc
 import json
 import math
-import subprocess
 import time
 from collections.abc import Callable
 from dataclasses import dataclass, replace
@@ -135,6 +133,7 @@ def full_cache(model: Any, samples: list[dict[str, Any]]) -> list[Answer]:
 
 
 def ours(args: argparse.Namespace) -> None:
+    from benchmarks.where import commit
     from qpkv_planner.allocation import Space
     from qpkv_planner.calibration import make_split
     from qpkv_planner.grid import setting_named
@@ -176,7 +175,6 @@ def ours(args: argparse.Namespace) -> None:
         found = answers(model, samples, prefill, lambda cache: cache.allocated_bytes)
         rows.append(summary(name, samples, found, full))
         _say(rows[-1])
-    commit = subprocess.run(["git", "describe", "--always", "--dirty"], capture_output=True, text=True, check=False)
     run = {
         "model": plans[0].model.id,
         "folder": str(resolve(plans[0].model.id).path_or_id),
@@ -187,7 +185,7 @@ def ours(args: argparse.Namespace) -> None:
         "samples": samples,
         "rows": rows,
         "versions": {name: version(name) for name in ("torch", "transformers")},
-        "commit": commit.stdout.strip(),
+        "commit": commit(),
     }
     args.output.write_text(json.dumps(run))
 
@@ -376,19 +374,18 @@ def table(args: argparse.Namespace) -> None:
     print(f"{what}: limit {run['limit_bytes']:,} bytes\n")
     print("\n".join(columns(lines, left={0})))
     if args.csv is not None:
+        from benchmarks.where import cpu, write_rows
+
         where = {
             "model": run["model"], "budget": run["requested"], "context_tokens": run["context_tokens"],
-            "limit_bytes": run["limit_bytes"], "samples": len(run["samples"]), "hardware": args.hardware, "threads": 1,
-            "commit": run["commit"], **{f"peers_{name}": value for name, value in run.get("peer_versions", {}).items()},
+            "limit_bytes": run["limit_bytes"], "samples": len(run["samples"]), "cpu": cpu(), "commit": run["commit"],
+            **{f"peers_{name}": value for name, value in run.get("peer_versions", {}).items()},
         }  # fmt: skip
         names = ["name", "tokens", "group_size", "cross_entropy", "kl", "exact", "bytes", "masked_bytes",
-                 "prefill_seconds", "seconds_per_token", "peak_bytes", "does_not_fit", *where]  # fmt: skip
-        with args.csv.open("w", newline="") as file:
-            writer = csv.DictWriter(file, names, extrasaction="ignore")
-            writer.writeheader()
-            for row in run["rows"]:
-                rounded = {key: round(value, 4) if isinstance(value, float) else value for key, value in row.items()}
-                writer.writerow({**rounded, **where})
+                 "prefill_seconds", "seconds_per_token", "peak_bytes", "does_not_fit"]  # fmt: skip
+        rows = [[row.get(name, "") for name in names] for row in run["rows"]]
+        shown = [[round(cell, 4) if isinstance(cell, float) else cell for cell in row] for row in rows]
+        write_rows(args.csv, [{**dict(zip(names, row, strict=True)), **where} for row in shown])
 
 
 def main() -> None:
@@ -404,8 +401,7 @@ def main() -> None:
         command = commands.add_parser(name)
         command.add_argument("--run", type=Path, required=True)
         if name == "table":
-            command.add_argument("--csv", type=Path, help="write the rows here too")
-            command.add_argument("--hardware", default="", help="what it ran on, for the CSV file")
+            command.add_argument("--csv", type=Path, help="write the rows here too, on the machine that ran them")
         command.set_defaults(run_command=function)
     args = parser.parse_args()
     args.run_command(args)
