@@ -110,8 +110,9 @@ def _append_side(
 def _append(
     KEY, VALUE, BLOCK, PLACES, PROMPT, APPENDED, PROBLEMS, key_row, key_head, value_row, value_head, block_stride,
     vectors, offset, limit,
-    SIDES: tl.constexpr, RESERVE: tl.constexpr, SEGMENTS: tl.constexpr, HEADS: tl.constexpr, VECTORS: tl.constexpr,
-    WINDOW: tl.constexpr, D: tl.constexpr, D_PADDED: tl.constexpr, D_BLOCK: tl.constexpr, NUMBER: tl.constexpr,
+    KEYS: tl.constexpr, VALUES: tl.constexpr, RESERVE: tl.constexpr, SEGMENTS: tl.constexpr, HEADS: tl.constexpr,
+    VECTORS: tl.constexpr, WINDOW: tl.constexpr, D: tl.constexpr, D_PADDED: tl.constexpr, D_BLOCK: tl.constexpr,
+    NUMBER: tl.constexpr,
 ):  # fmt: skip
     """Grid (B * H_kv, 2): keys, then values. KEY, VALUE [B, H_kv, D], rows and heads of any stride; PROMPT int32 [B];
     APPENDED int32 [1]: with `offset` the tokens appended before; PROBLEMS int32 [2]. RESERVE: tokens of the ring."""
@@ -133,12 +134,12 @@ def _append(
             tl.store(position, tl.load(PROMPT + sequence) + before)
         _append_side(
             KEY + sequence * key_row + head * key_head, segment, own, tl.load(place), tl.load(place + 3), room, slot,
-            PROBLEMS, limit, SIDES[0], D, D_PADDED, D_BLOCK, NUMBER,
+            PROBLEMS, limit, KEYS, D, D_PADDED, D_BLOCK, NUMBER,
         )  # fmt: skip
     else:
         _append_side(
             VALUE + sequence * value_row + head * value_head, segment, own, tl.load(place + 1), tl.load(place + 4),
-            room, slot, PROBLEMS + 1, limit, SIDES[1], D, D_PADDED, D_BLOCK, NUMBER,
+            room, slot, PROBLEMS + 1, limit, VALUES, D, D_PADDED, D_BLOCK, NUMBER,
         )  # fmt: skip
 
 
@@ -146,7 +147,8 @@ def constants(layout: BlockLayout, clips: Clips) -> dict[str, Any]:
     """The compile-time arguments of `_append` for a layer."""
     reserve, head_size = layout.segments[-1], layout.head_size
     return {
-        "SIDES": (_side(reserve.keys, head_size, clips), _side(reserve.values, head_size, clips)),
+        "KEYS": _side(reserve.keys, head_size, clips),
+        "VALUES": _side(reserve.values, head_size, clips),
         "RESERVE": layout.reserve_tokens,
         "SEGMENTS": len(layout.segments),
         "HEADS": layout.num_heads,

@@ -509,12 +509,14 @@ def _transform_query(
 
 @dataclass(frozen=True)
 class Launch:
-    """What may be tuned. words: rows of words in a tile, so words * R tokens, and no fewer than `least_tokens`."""
+    """What may be tuned (`tuning.py`). words: rows of words in a tile, so words * R tokens, and no fewer than
+    `least_tokens`; programs: for each processor, about two waves of one-warp programs by default."""
 
     words: int = 16
     least_tokens: int = 64
     num_warps: int = 1
     num_stages: int = 3
+    programs: int = 16
 
 
 def default_launch(layout: BlockLayout, arch: int) -> Launch:
@@ -583,7 +585,6 @@ def constants(
 
 
 TRITON_DTYPES = {torch.float16: tl.float16, torch.bfloat16: tl.bfloat16}
-PROGRAMS_PER_PROCESSOR = 16  # about two waves of one-warp programs
 RUNS_PER_STEP = 16
 
 
@@ -593,12 +594,12 @@ def is_interpreted() -> bool:
 
 
 @lru_cache(maxsize=4096)
-def make_runs(layout: BlockLayout, tiles: tuple[int, ...], rows: int, device: torch.device) -> Tensor:
+def make_runs(layout: BlockLayout, tiles: tuple[int, ...], rows: int, programs: int, device: torch.device) -> Tensor:
     """int32 [runs, 3]: (segment, first token, end). Runs of equal length, so that heads which hold little end at once
     and the others still balance; a whole number of tiles, as many as fill the device with `rows` (B * H_kv) beside.
     Made once: decode copies nothing to the device."""
     processors = torch.cuda.get_device_properties(device).multi_processor_count if device.type == "cuda" else 4
-    wanted = max(1, PROGRAMS_PER_PROCESSOR * processors // rows)
+    wanted = max(1, programs * processors // rows)
     held = sum(s.capacity // (layout.num_heads if s.by_count else 1) for s in layout.segments)
     length = max(1, -(-held // wanted))
     runs = []
@@ -623,7 +624,9 @@ def attend(
     launch = launch or default_launch(layout, arch_of(device))
     compiled = constants(layout, query.dtype, gqa, launch, is_interpreted())
     rows, segments = compiled["ROWS"], compiled["SEGMENTS"]
-    runs = make_runs(layout, tuple(tile for *_, tile, _ in segments), num_rows * layout.num_heads, device)
+    runs = make_runs(
+        layout, tuple(tile for *_, tile, _ in segments), num_rows * layout.num_heads, launch.programs, device
+    )
     padded, divisor = triton.next_power_of_2(head_size), widest_run(head_size)
     out = torch.empty_like(query)
     acc = torch.empty(num_rows * layout.num_heads, len(runs), rows, head_size, dtype=torch.float32, device=device)

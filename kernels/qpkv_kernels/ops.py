@@ -11,13 +11,15 @@ from __future__ import annotations
 import json
 from collections.abc import Iterator
 from contextlib import contextmanager
-from functools import lru_cache
+from functools import lru_cache, partial
 
 import torch
 from torch import Tensor
+from triton.testing import do_bench
 
 from qpkv_kernels import append as append_kernel
 from qpkv_kernels import decode as decode_kernel
+from qpkv_kernels import tuning
 from qpkv_kernels.block import BlockLayout
 
 
@@ -42,10 +44,16 @@ def attend(
 ) -> Tensor:  # fmt: skip
     """`decode.attend` to the block that begins at byte `start` of every row of the arena -> [B, H, D]."""
     with _noted("attend", query, layout):
-        return decode_kernel.attend(
-            query.contiguous(), arena[:, start:], BlockLayout.of_text(layout), places, prompt, appended, scaling,
-            softcap, offset,
+        query, known = query.contiguous(), BlockLayout.of_text(layout)
+        call = partial(
+            decode_kernel.attend, query, arena[:, start:], known, places, prompt, appended, scaling, softcap, offset
+        )
+        gqa = query.shape[1] // known.num_heads
+        launch = tuning.choose(
+            known, len(query), gqa, query.dtype, query.device,
+            lambda launch: do_bench(partial(call, launch=launch), return_mode="median"),
         )  # fmt: skip
+        return call(launch=launch)
 
 
 @attend.register_fake

@@ -1,0 +1,110 @@
+"""Which launch of the decode kernel is fastest on this GPU: a short fixed list, timed once and remembered in a file.
+
+What is timed is the call that is about to be made, over its own block. The answer holds for all layers of one format,
+shape, batch and size to a power of two, on one kind of GPU under the same versions; that is its key in
+`decode-launches.json`, in the folder that $QPKV_CACHE, or $XDG_CACHE_HOME/qpkv, or ~/.cache/qpkv names. Nothing is ever
+timed while a CUDA graph is captured, nor under QPKV_AUTOTUNE=0: what is not known then runs in the default launch.
+
+The list has not been timed on a GPU by us.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+from collections.abc import Callable
+from dataclasses import asdict, replace
+from pathlib import Path
+
+import torch
+import triton
+
+from qpkv_kernels.block import BlockLayout
+from qpkv_kernels.decode import Launch, arch_of, default_launch
+
+VARIABLE = "QPKV_AUTOTUNE"
+Timer = Callable[[Launch], float]  # -> milliseconds of one call
+_known: dict[str, Launch] = {}
+
+
+def candidates(layout: BlockLayout, arch: int) -> list[Launch]:
+    """The default first; then wider tiles, another depth of the pipeline, more and fewer splits."""
+    default = default_launch(layout, arch)
+    wide = [replace(default, words=words, num_warps=warps) for words, warps in ((32, 2), (64, 2), (64, 4))]
+    deep = [replace(default, num_stages=stages) for stages in (2, 4)]
+    split = [replace(default, programs=programs) for programs in (4, 8, 32)]
+    return [default, *wide, *deep, *split]
+
+
+def choose(
+    layout: BlockLayout, num_rows: int, gqa: int, query_dtype: torch.dtype, device: torch.device, time: Timer
+) -> Launch:
+    """The launch for this call: known, or timed and written down now. num_rows: sequences."""
+    arch = arch_of(device)
+    if device.type != "cuda" or os.environ.get(VARIABLE) == "0":
+        return default_launch(layout, arch)
+    name = key(layout, num_rows, gqa, query_dtype, torch.cuda.get_device_name(device))
+    if name not in _known:
+        if torch.cuda.is_current_stream_capturing():
+            return default_launch(layout, arch)
+        _known[name] = remembered(name) or fastest(name, candidates(layout, arch), time)
+    return _known[name]
+
+
+def key(layout: BlockLayout, num_rows: int, gqa: int, query_dtype: torch.dtype, gpu: str) -> str:
+    """What a measurement is good for, as text."""
+    segments = tuple(replace(segment, capacity=triton.next_power_of_2(segment.capacity)) for segment in layout.segments)
+    shape = replace(layout, segments=segments, vectors=0, reserve_tokens=0, window=0 if layout.window else None)
+    versions = f"torch {torch.__version__}, triton {triton.__version__}"
+    return f"{gpu}, {versions}, batch {num_rows}, gqa {gqa}, {query_dtype}: {shape.text}"
+
+
+def fastest(name: str, launches: list[Launch], time: Timer) -> Launch:
+    """Time the launches and write the fastest down. One that a GPU has no room for is left out, unless it is the
+    first."""
+    best, least = launches[0], time(launches[0])
+    for launch in launches[1:]:
+        try:
+            milliseconds = time(launch)
+        except triton.runtime.errors.OutOfResources:
+            continue
+        if milliseconds < least:
+            best, least = launch, milliseconds
+    _write(name, {**asdict(best), "milliseconds": least})
+    return best
+
+
+def remembered(name: str) -> Launch | None:
+    """The launch that the file has under this key; None where it has none that this version could use."""
+    entry = _read().get(name)
+    try:
+        return Launch(**{field: value for field, value in entry.items() if field != "milliseconds"}) if entry else None
+    except (AttributeError, TypeError):
+        return None
+
+
+def file() -> Path:
+    folder = os.environ.get("QPKV_CACHE")
+    if not folder:
+        folder = str(Path(os.environ.get("XDG_CACHE_HOME") or "~/.cache").expanduser() / "qpkv")
+    return Path(folder) / "decode-launches.json"
+
+
+def _read() -> dict[str, dict[str, float]]:
+    try:
+        content = json.loads(file().read_text(encoding="utf-8"))
+    except (OSError, ValueError):  # not written yet, or torn: it is only measured again
+        return {}
+    return content if isinstance(content, dict) else {}
+
+
+def _write(name: str, entry: dict[str, float]) -> None:
+    """Add an entry; a folder that cannot be written only costs another measurement next time."""
+    path, content = file(), {**_read(), name: entry}
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        beside = path.with_suffix(f".{os.getpid()}")
+        beside.write_text(json.dumps(content, indent=1), encoding="utf-8")
+        beside.replace(path)
+    except OSError:
+        return
