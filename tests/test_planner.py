@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import os
 import subprocess
 import sys
 from dataclasses import replace
@@ -11,9 +10,10 @@ from dataclasses import replace
 import numpy as np
 import pytest
 import torch
+from small_search import SMALL, Command
 
 import qpkv_planner
-from qpkv_planner import cli
+from qpkv_planner import cli, planner
 from qpkv_planner.allocation import Choice, Space, allocation_of, uniform
 from qpkv_planner.calibration import CONTINUATION_TOKENS, FACTS, WORDS, make_split
 from qpkv_planner.grid import make_setting
@@ -311,9 +311,9 @@ def test_a_setting_that_cannot_hold_its_window_gets_a_smaller_one_by_name(space)
 
 @pytest.fixture(scope="module")
 def planned(tiny):
-    model, tokenizer = tiny
-    settings = {"name": "tiny", "context_tokens": TOKENS, "quick": True, "trials": 3, "quiet": True}
-    return qpkv_planner.plan(model, tokenizer, "1/16", **settings)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(planner, "QUICK", SMALL)
+        return qpkv_planner.plan(*tiny, "1/16", name="tiny", context_tokens=TOKENS, quick=True, quiet=True)
 
 
 def test_the_plan_fits_is_calibrated_and_round_trips(planned):
@@ -346,12 +346,10 @@ def test_no_layer_of_the_plan_can_take_one_more_quantum(planned):
 
 
 def test_the_command_gives_the_same_yaml_as_the_function_byte_for_byte(planned, tmp_path):
-    command = [sys.executable, "-m", "qpkv_planner", "--model", "tiny", "--budget", "1/16", "--quick"]
-    command += ["--context-length", str(TOKENS), "--dtype", "float32", "--trials", "3"]
-    one_thread = {**os.environ, "OMP_NUM_THREADS": "1"}  # as this process: sums in another order give another plan
-    done = subprocess.run(command, capture_output=True, text=True, check=True, env=one_thread)
-    assert done.stdout == planned.to_yaml()
-    assert "best uniform" in done.stderr
+    arguments = ["--model", "tiny", "--dtype", "float32", "--budget", "1/16", "--quick"]
+    status, out, errors = Command(tmp_path, [*arguments, "--context-length", str(TOKENS)]).wait()
+    assert status == 0 and out == planned.to_yaml()
+    assert "best uniform" in errors
 
 
 # --- the command ---
@@ -389,6 +387,13 @@ def test_uniform_plans_of_known_models_need_no_weights(capsys, tmp_path):
     assert plan.budget.full_bytes == 2048 * 32 * 2 * 8 * 128 * 2
     assert plan.budget.limit_bytes == plan.budget.full_bytes // 64
     assert capsys.readouterr().out == ""
+
+
+def test_the_module_run_by_python_is_the_command(capsys):
+    arguments = ["--model", "mistral-7b", "--budget", "1/64", "--uniform", "snapkv:kivi:4bit"]
+    done = subprocess.run([sys.executable, "-m", "qpkv_planner", *arguments], capture_output=True, text=True)
+    assert run(*arguments) == done.returncode == 0
+    assert done.stdout == capsys.readouterr().out != ""
 
 
 def test_json_of_the_search_record_is_plain(planned):

@@ -3,10 +3,7 @@
 from __future__ import annotations
 
 import json
-import os
 import signal
-import subprocess
-import sys
 import time
 from collections import Counter
 from dataclasses import replace
@@ -14,52 +11,29 @@ from pathlib import Path
 
 import optuna
 import pytest
+from small_search import FEW, MIX, SMALLEST, Command
 
-from qpkv_planner import planner
-from qpkv_planner.calibration import BUILT_IN, Data, make_splits, parse_mix
+from qpkv_planner import cli, measurement, planner
+from qpkv_planner.calibration import Data, make_splits, parse_mix
 from qpkv_planner.journal import Journal
 from qpkv_runtime.errors import BudgetError, InputError
 from qpkv_runtime.models import load_model, load_tokenizer
 from qpkv_runtime.plan import load_plan, parse_plan
 
-SMALL = replace(
-    planner.QUICK,
-    search_contexts=3,
-    validation_contexts=3,
-    formats=("rotated-k4v4", "rotated-k3v3"),
-    scorers=planner.QUICK.scorers[:1],
-    trials=4,
-    additivity_plans=3,
-)
-# the command with a small effort, for tests that must run it as a process of its own
-COMMAND = f"""
-import sys
-from dataclasses import replace
-from qpkv_planner import cli, planner
-planner.QUICK = replace(
-    planner.QUICK, search_contexts=3, validation_contexts=3, formats={SMALL.formats}, scorers=planner.QUICK.scorers[:1],
-    trials=4, additivity_plans=3,
-)
-sys.exit(cli.main(sys.argv[1:]))
-"""
 ARGUMENTS = ["--model", "tiny", "--dtype", "float32", "--budget", "1/8", "--context-length", "320", "--quick"]
+ARGUMENTS += ["--calibration-mix", MIX]
+SETTINGS = {"quick": True, "context_tokens": 320, "name": "tiny", "quiet": True, "data": FEW}
 STAGES = ("prefill", "uniform grid", "elimination", "knapsack", "additivity", "search", "finalists")
 
 
 @pytest.fixture(autouse=True)
-def small(monkeypatch):
-    monkeypatch.setattr(planner, "QUICK", SMALL)
+def smallest(monkeypatch):
+    monkeypatch.setattr(planner, "QUICK", SMALLEST)
 
 
 @pytest.fixture(scope="module")
 def tiny():
     return load_model("tiny", dtype="float32")
-
-
-def start(*arguments: str | Path) -> subprocess.Popen[str]:
-    environment = {**os.environ, "OMP_NUM_THREADS": "1"}
-    command = [sys.executable, "-c", COMMAND, *ARGUMENTS, *map(str, arguments)]
-    return subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, env=environment)
 
 
 def journal_lines(study: Path) -> list[dict[str, object]]:
@@ -74,25 +48,22 @@ def stage_reached(study: Path) -> str:
 
 
 def test_a_search_killed_in_every_stage_ends_with_the_plan_of_one_that_was_not(tmp_path):
-    whole = start("--study", tmp_path / "whole")
-    expected, errors = whole.communicate(timeout=500)
-    assert whole.returncode == 0, errors
+    status, expected, errors = Command(tmp_path / "a", [*ARGUMENTS, "--study", tmp_path / "whole"]).wait()
+    assert status == 0, errors
     study, killed_in = tmp_path / "killed", []
     for stage in STAGES:
-        process = start("--study", study, *(["--resume"] if (study / "journal.jsonl").exists() else []))
-        while process.poll() is None and STAGES.index(stage_reached(study) or "prefill") < STAGES.index(stage):
-            time.sleep(0.02)
-        if process.poll() is None and stage == "prefill":
-            time.sleep(3)
-        if process.poll() is None:
-            process.kill()
+        resume = ["--resume"] if (study / "journal.jsonl").exists() else []
+        command = Command(tmp_path / stage, [*ARGUMENTS, "--study", study, *resume])
+        while command.is_running and STAGES.index(stage_reached(study) or "prefill") < STAGES.index(stage):
+            time.sleep(0.01)
+        if command.is_running:
+            command.send(signal.SIGKILL)
             killed_in.append(stage_reached(study))
-        process.communicate()
+        command.wait()
     with (study / "journal.jsonl").open("a") as file:
         file.write('{"stage": "torn')
-    last = start("--study", study, "--resume")
-    found, errors = last.communicate(timeout=500)
-    assert last.returncode == 0, errors
+    status, found, errors = Command(tmp_path / "b", [*ARGUMENTS, "--study", study, "--resume"]).wait()
+    assert status == 0, errors
     assert found == expected
     assert len(set(killed_in)) >= 4, killed_in  # a stage may be over before it is seen
     evaluations = Counter(json.dumps(line["what"], sort_keys=True) for line in journal_lines(study))
@@ -102,21 +73,33 @@ def test_a_search_killed_in_every_stage_ends_with_the_plan_of_one_that_was_not(t
 
 def test_an_interrupt_writes_the_best_plan_so_far_and_says_so(tmp_path):
     study = tmp_path / "study"
-    process = start("--study", study)
-    while process.poll() is None and stage_reached(study) not in STAGES[3:]:
-        time.sleep(0.02)
-    process.send_signal(signal.SIGINT)
-    out, errors = process.communicate(timeout=300)
-    assert process.returncode == 130, errors
+    command = Command(tmp_path / "out", [*ARGUMENTS, "--study", study])
+    while command.is_running and stage_reached(study) not in STAGES[3:]:
+        time.sleep(0.01)
+    command.send(signal.SIGINT)
+    status, out, errors = command.wait()
+    assert status == 130, errors
     plan = parse_plan(out)
     assert plan.calibration.stopped == "interrupted" and plan.calibration.measured_on == "search"
     assert plan.budget.planned_bytes <= plan.budget.limit_bytes
     assert "best plan so far" in errors
 
 
-def test_a_timeout_ships_a_validated_plan_that_says_so(tiny):
-    found = planner.plan(*tiny, "1/8", quick=True, context_tokens=320, name="tiny", quiet=True, timeout_seconds=6)
+def test_a_timeout_ships_a_validated_plan_that_says_so(tiny, monkeypatch):
+    class Clock:
+        """Stands still until the tenth evaluation, then an hour has passed."""
+
+        calls = 0
+
+        @classmethod
+        def monotonic(cls) -> float:
+            cls.calls += 1
+            return time.monotonic() + (3600 if cls.calls > 10 else 0)
+
+    monkeypatch.setattr(measurement, "time", Clock)
+    found = planner.plan(*tiny, "1/8", **SETTINGS, timeout_seconds=1800)
     assert found.calibration.stopped == "timeout" and found.calibration.measured_on == "validation"
+    assert Clock.calls == 11
 
 
 def test_a_study_of_something_else_is_refused(tmp_path):
@@ -130,8 +113,6 @@ def test_a_study_of_something_else_is_refused(tmp_path):
 
 
 def test_a_frontier_is_one_file_for_each_budget_largest_first(tmp_path, capsys):
-    from qpkv_planner import cli
-
     arguments = [*ARGUMENTS[:4], "--budget", "1/16,1/4", *ARGUMENTS[6:], "--out-dir", str(tmp_path / "plans")]
     assert cli.main([*arguments, "--calibration-cache", str(tmp_path / "cache")]) == 0
     points = json.loads((tmp_path / "plans" / "frontier.json").read_text())
@@ -144,10 +125,10 @@ def test_a_frontier_is_one_file_for_each_budget_largest_first(tmp_path, capsys):
     assert len(list((tmp_path / "cache").glob("*.safetensors"))) == 2
 
 
-def test_the_smallest_budget_within_a_loss_keeps_to_it(tiny):
-    settings = {"quick": True, "context_tokens": 320, "name": "tiny", "quiet": True, "trials": 1}
-    found = planner.smallest(*tiny, 1.0, **settings)
-    assert found.calibration.loss_to_full.high <= 1.0
+def test_the_smallest_budget_within_a_loss_keeps_to_it(tiny, tmp_path):
+    settings = SETTINGS | {"study": tmp_path}  # the second search replays what the first measured
+    found = planner.smallest(*tiny, 0.5, **settings)
+    assert found.calibration.loss_to_full.high <= 0.5
     assert found.budget.limit_bytes < found.budget.full_bytes // 4
     with pytest.raises(BudgetError, match="stays within"):
         planner.smallest(*tiny, 1e-9, **settings)
@@ -161,8 +142,8 @@ def test_a_budget_that_holds_everything_gives_the_lossless_plan_with_a_warning(t
 
 
 def test_a_plan_for_a_longer_context_keeps_the_same_shares_and_says_it_extrapolates(tiny):
-    settings = {"quick": True, "name": "tiny", "quiet": True}
-    found = planner.plan(*tiny, "1/8", context_tokens=1280, calibration_tokens=320, **settings)
+    settings = SETTINGS | {"context_tokens": 1280, "calibration_tokens": 320}
+    found = planner.plan(*tiny, "1/8", **settings)
     assert found.extrapolated and found.calibration.context_tokens == 320
     measured = found.calibration.search["measured_allocation"]
     assert found.budget.planned_bytes <= found.budget.limit_bytes == found.budget.full_bytes // 8
@@ -186,7 +167,7 @@ def test_a_users_samples_take_the_place_of_the_built_in_ones(tiny, tmp_path):
         {"prompt": f"{PROMPT * 4} case {i} came", "continuation": f" the {i} miller", "kind": "mill"} for i in range(12)
     ]
     data = Data(file=samples(tmp_path / "mine.jsonl", rows))
-    found = planner.plan(*tiny, "1/4", quick=True, context_tokens=320, name="tiny", quiet=True, data=data, trials=1)
+    found = planner.plan(*tiny, "1/4", **SETTINGS | {"data": data})
     assert set(found.calibration.by_kind["plan"]) == {"mill"}
     assert found.calibration.data["file"] == "mine.jsonl"
     assert Data.of_record(found.calibration.data, data.file) == data
@@ -230,8 +211,8 @@ def test_the_mix_says_what_a_context_holds():
 
 
 def test_question_agnostic_contexts_are_compressed_before_the_question(tiny):
-    data = replace(BUILT_IN, regime="agnostic")
-    found = planner.plan(*tiny, "1/4", quick=True, context_tokens=320, name="tiny", quiet=True, data=data, trials=1)
+    data = replace(FEW, regime="agnostic")
+    found = planner.plan(*tiny, "1/4", **SETTINGS | {"data": data})
     longest = max(
         len(sample.prompt) + len(sample.continuation)
         for context in make_splits(tiny[1], {"search": 3}, 320, 0, data)["search"].contexts
@@ -242,20 +223,20 @@ def test_question_agnostic_contexts_are_compressed_before_the_question(tiny):
 
 
 def test_self_generated_targets_are_what_the_full_cache_writes(tiny):
-    data = replace(BUILT_IN, target="self")
-    found = planner.plan(*tiny, "1/4", quick=True, context_tokens=320, name="tiny", quiet=True, data=data, trials=1)
+    data = replace(FEW, target="self")
+    found = planner.plan(*tiny, "1/4", **SETTINGS | {"data": data})
     assert all(kind["exact"] == 1.0 for kind in found.calibration.by_kind["full"].values())
     assert found.calibration.samples["search"]["unanswerable_share"] == 0.0
 
 
 def test_two_processes_with_one_storage_share_the_trials(tiny, tmp_path):
     storage = str(tmp_path / "optuna.log")
-    settings = {"quick": True, "context_tokens": 320, "name": "tiny", "quiet": True, "storage": storage}
+    settings = SETTINGS | {"storage": storage, "trials": 3}
     first = planner.plan(*tiny, "1/8", **settings)
     second = planner.plan(*tiny, "1/8", **settings)  # joins a study that has its trials already
     assert first.calibration.search["optuna"] == second.calibration.search["optuna"]
     backend = optuna.storages.JournalStorage(optuna.storages.journal.JournalFileBackend(storage))  # as its dashboard
     (name,) = optuna.study.get_all_study_names(backend)
     study = optuna.load_study(study_name=name, storage=backend)
-    assert len(study.trials) == SMALL.trials
+    assert len(study.trials) == 3
     assert study.best_value == pytest.approx(first.calibration.search["optuna"]["best"], abs=1e-6)
