@@ -92,7 +92,7 @@ def improve(
     loss = evaluator.evaluate(space, start).mean(objective)
     while True:
         wished = [
-            _alternatives(space, i, mine, wishes(mine, quantizer, radius), floor) for i, mine in enumerate(allocation)
+            alternatives(space, i, mine, wishes(mine, quantizer, radius), floor) for i, mine in enumerate(allocation)
         ]
         changes = predicted_changes(evaluator, space, allocation, wished, objective)
         options = tuple({mine: 0.0, **others} for mine, others in zip(allocation, changes, strict=True))
@@ -157,9 +157,10 @@ def tokens_and_bits(mine: Choice, quantizer: str, radius: float) -> list[tuple[f
     return wishes
 
 
-def _alternatives(
+def alternatives(
     space: Space, layer: int, mine: Choice, wishes: Sequence[tuple[float, str]], floor: int
 ) -> list[Choice]:
+    """What is wished for as it can be had: legal counts of at least `floor` tokens, each once and without `mine`."""
     floor = min(floor, mine.tokens)
     found = (Choice(space.legal_tokens(layer, max(floor, tokens), name), name) for tokens, name in wishes)
     return list(dict.fromkeys(choice for choice in found if choice != mine))
