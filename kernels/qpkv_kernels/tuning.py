@@ -15,6 +15,7 @@ import os
 from collections.abc import Callable
 from dataclasses import asdict, replace
 from pathlib import Path
+from typing import Any
 
 import torch
 import triton
@@ -90,7 +91,7 @@ def file() -> Path:
     return Path(folder) / "decode-launches.json"
 
 
-def _read() -> dict[str, dict[str, float]]:
+def _read() -> dict[str, dict[str, Any]]:
     try:
         content = json.loads(file().read_text(encoding="utf-8"))
     except (OSError, ValueError):  # not written yet, or torn: it is only measured again
