@@ -4,9 +4,10 @@ The tensor's device decides: Triton on CUDA, the PyTorch reference path elsewher
 forces one; Triton on a CPU means its interpreter (TRITON_INTERPRET=1), for tests. Nothing falls back in silence: what
 the kernels do not cover, or a kernel that fails, ends in a BackendError that names layer, shape, format and way out.
 
-On a GPU kernels do: appending and decode attention (`append.py`, `decode.py`) and the writing of the kept tokens
-(`quantize.py`). PyTorch operations on the same device do, by design: the scorers, the sort of the importances, and the
-whole writing of a layer with `hqq` in a tier, whose fit is iterative, or with heads that each prompt divides anew.
+On a GPU kernels do: appending and decode attention (`append.py`, `decode.py`), the attention that snapkv, criticalkv
+and tova score by (`score.py`), and the writing of the kept tokens (`quantize.py`). PyTorch operations on the same device
+do, by design: the other scorers, pooling, the sort of the importances, and the whole writing of a layer with `hqq` in a
+tier, whose fit is iterative, or with heads that each prompt divides anew.
 """
 
 from __future__ import annotations

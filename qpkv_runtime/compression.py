@@ -128,9 +128,20 @@ def observe(scoring: Scoring, prefill: Prefill) -> Observation:
     squares = (window_queries.double() ** 2).unflatten(1, (num_heads, -1)) * is_query[:, :, None, :, None]
     num_queries = is_query.sum(-1).clamp(min=1)[..., None] * squares.shape[2]
     moment = (squares.sum((2, 3)) / num_queries).float()
-    sizes = prefill.query.abs().masked_fill(~prefill.is_token[..., None], 0).amax(2)
-    peak = sizes.unflatten(1, (num_heads, -1)).amax(2).float()
-    return Observation(importance, torch.stack([moment, peak], 2))
+    return Observation(importance, torch.stack([moment, _peaks(prefill).unflatten(1, (num_heads, -1)).amax(2)], 2))
+
+
+def _peaks(prefill: Prefill) -> Tensor:
+    """max |q| over all queries: float32 [B, H, D]. Copies no queries, which are several times the keys."""
+    first = prefill.key.shape[2] - prefill.query.shape[2]
+    starts = [max(0, padding - first) for padding in prefill.num_padding]
+    rows = [query[:, start:] for query, start in zip(prefill.query, starts, strict=True)]
+    low, high = (
+        torch.aminmax(prefill.query, dim=2)
+        if not any(starts)
+        else map(torch.stack, zip(*(torch.aminmax(row, dim=1) for row in rows), strict=True))
+    )
+    return torch.maximum(high, -low).float()
 
 
 def rank(importance: Tensor) -> Ranking:

@@ -17,6 +17,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from qpkv_kernels.attention import causal_mask
+from qpkv_runtime.backend import kernels_at, use_kernels
 from qpkv_runtime.methods import Need, ParameterValue
 
 QUERY_CHUNK = 128
@@ -155,6 +156,19 @@ class H2O:
         return total
 
 
+def received_attention(prefill: Prefill) -> Tensor:
+    """float32 [B, H_kv, T]: the attention that each token receives from the queries, their mean and the GQA group's."""
+    if not use_kernels(prefill.key.device):
+        return kv_heads(torch.cat(list(prefill.attention()), 3).mean(3))
+    from qpkv_kernels import score
+
+    query, key = prefill.query, prefill.key
+    with kernels_at(f"layer {prefill.layer}, scoring {tuple(key.shape)} {key.dtype} keys"):
+        return score.received_attention(
+            query, key, prefill.num_padding, prefill.scaling, prefill.softcap, prefill.sliding_window
+        )
+
+
 class SnapKV:
     """Attention received from the window's queries, pooled over neighbours (arXiv 2404.14469).
 
@@ -170,7 +184,7 @@ class SnapKV:
     def score(self, prefill: Prefill, parameters: Mapping[str, ParameterValue]) -> Tensor:
         kernel = int(parameters["kernel"])
         back = kernel // 2 + int(parameters["lead"])
-        received = kv_heads(torch.cat(list(prefill.attention()), 3).mean(3))  # [B, H_kv, T]
+        received = received_attention(prefill)
         num_before = max(0, received.shape[-1] - prefill.window)
         before, window = received[..., :num_before], received[..., num_before:]
         if num_before:
@@ -193,8 +207,7 @@ class Tova:
     2401.06104)."""
 
     def score(self, prefill: Prefill, parameters: Mapping[str, ParameterValue]) -> Tensor:
-        (probabilities,) = prefill.attention()  # [B, H_kv, G, 1, T]
-        return _per_head(prefill, kv_heads(probabilities[..., 0, :]).mean(1, keepdim=True))
+        return _per_head(prefill, received_attention(prefill).mean(1, keepdim=True))
 
 
 class KeyDiff:

@@ -23,18 +23,22 @@ import triton
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 
-from qpkv_kernels import append, decode
+from qpkv_kernels import append, decode, quantize, score
 from qpkv_kernels.block import BlockLayout, Segment, Side
 from qpkv_kernels.decode import Launch
 
 TOOLS = Path(triton.__file__).parent / "backends" / "nvidia" / "bin"
+NUMBERS = {torch.float16: "*fp16", torch.bfloat16: "*bf16", torch.float32: "*fp32"}
 POINTERS = {
     "TRANSFORMED": "*fp32", "BIAS": "*fp32", "BLOCK": "*u8", "PLACES": "*i32", "WORK": "*i32", "PROMPT": "*i32",
-    "APPENDED": "*i32", "PROBLEMS": "*i32", "ACC": "*fp32", "STATE": "*fp32",
+    "APPENDED": "*i32", "PROBLEMS": "*i32", "ACC": "*fp32", "STATE": "*fp32", "ROWS": "*i64", "COUNTS": "*i64",
+    "POSITIONS": "*i32", "OFFSETS": "*i32", "PARTIAL": "*fp64", "PADDING": "*i32", "OUT": "*fp32",
 }  # fmt: skip
 SCALARS = {
     "block_stride": "i64", "num_runs": "i32", "scaling": "fp32", "softcap": "fp32", "window": "i32", "vectors": "i32",
     "offset": "i32", "limit": "fp32", "key_row": "i32", "key_head": "i32", "value_row": "i32", "value_head": "i32",
+    "num_slots": "i32", "first_run": "i32", "num_queries": "i32", "num_tokens": "i32",
+    **{f"{whose}{what}_stride": "i64" for whose in ("", "query_", "key_") for what in ("row", "head", "token")},
 }  # fmt: skip
 
 
@@ -63,7 +67,7 @@ def compile_decode(
         layout = replace(layout, segments=layout.segments[:1])
     launch = launch or decode.default_launch(layout, arch)
     constants = {**decode.constants(layout, dtype, gqa, launch, is_interpreted=False), "SOFTCAP": False}
-    query = {torch.float16: "*fp16", torch.bfloat16: "*bf16"}[dtype]
+    query = NUMBERS[dtype]
     compiled = _compile(
         decode._decode,
         {"QUERY": query, **POINTERS},
@@ -95,10 +99,45 @@ def compile_append(reserve: str, arch: int, head_size: int = 128, dtype: torch.d
     """The compiled `_append` to a reserve of this format, keys and values alike."""
     layout = make_layout(reserve, reserve, head_size, dtype)
     layout = replace(layout, segments=layout.segments[:1])
-    query = {torch.float16: "*fp16", torch.bfloat16: "*bf16"}[dtype]
+    query = NUMBERS[dtype]
     pointers = {"KEY": query, "VALUE": query, **POINTERS}
     options = {"num_warps": 1, "enable_fp_fusion": False}
     return _compile(append._append, pointers, append.constants(layout, CLIPS), arch, options)
+
+
+def compile_write(
+    name: str, is_value: bool, arch: int, head_size: int = 128, source: torch.dtype = torch.float16
+) -> Any:
+    """The kernel that writes one side of a prompt's tokens in this format."""
+    sides = ("16bit", name) if is_value else (name, "16bit")
+    layout = make_layout(*sides, head_size, torch.bfloat16 if source == torch.bfloat16 else torch.float16)
+    _, constants = quantize.write_launch(layout, 0, int(is_value), CLIPS, is_interpreted=False)
+    kernel = quantize._write_channels if name.startswith("channel") else quantize._write_tokens
+    constants["POSITIONED"] = not is_value
+    options = {"num_warps": quantize.NUM_WARPS, "enable_fp_fusion": False}
+    return _compile(kernel, {**POINTERS, "SOURCE": NUMBERS[source]}, constants, arch, options)
+
+
+def compile_moments(arch: int) -> Any:
+    constants = {
+        "HEADS": 8, "D": 128, "CHANNELS": quantize.CHANNELS, "RUN": quantize.MOMENT_TOKENS, "TILE": quantize.TILE,
+        "NUMBER": decode.TRITON_DTYPES[torch.float16],
+    }  # fmt: skip
+    options = {"num_warps": quantize.NUM_WARPS, "enable_fp_fusion": False}
+    return _compile(quantize._key_moments, {**POINTERS, "SOURCE": "*fp16"}, constants, arch, options)
+
+
+def compile_score(
+    kernel: Any,
+    arch: int,
+    head_size: int = 128,
+    dtype: torch.dtype = torch.float16,
+) -> Any:
+    constants = score.constants(8, 4, 16, head_size, dtype, is_interpreted=False)
+    constants |= {"WINDOW": False, "SOFTCAP": False}
+    constants |= {"RUN": score.RUN} if kernel is score._statistics else {"RUNS": score.RUNS_PER_STEP}
+    options = {"num_warps": score.NUM_WARPS, "num_stages": score.NUM_STAGES}
+    return _compile(kernel, {**POINTERS, "QUERY": NUMBERS[dtype], "KEY": NUMBERS[dtype]}, constants, arch, options)
 
 
 def _compile(
@@ -107,7 +146,7 @@ def _compile(
     types = {**pointers, **SCALARS, **dict.fromkeys(constants, "constexpr")}
     names = kernel.arg_names
     signature = {name: types[name] for name in names}
-    is_aligned = [name for name in names if signature[name].startswith("*") or name == "block_stride"]
+    is_aligned = [name for name in names if signature[name].startswith("*") or name.endswith("_stride")]
     source = ASTSource(
         fn=kernel,
         signature=signature,
@@ -151,6 +190,11 @@ def loop_instructions(compiled: Any) -> int:
     return longest
 
 
+def inexact_operations(compiled: Any) -> int:
+    """Fused multiply-adds and approximate divisions in the PTX: none may be where bits must equal the reference's."""
+    return len(re.findall(r"\b(?:fma|mad)\.rn\.f|div\.(?:full|approx)\.", compiled.asm["ptx"]))
+
+
 def tiles_through_shared_memory(compiled: Any) -> list[str]:
     """Stores to shared memory of unpacked codes, in TTGIR: two-dimensional float16 tiles other than weights and query.
 
@@ -177,6 +221,21 @@ OTHERS = (
     ("rotated4", "rotated4", 256),
 )
 
+F16, BF16, F32 = torch.float16, torch.bfloat16, torch.float32
+WRITTEN = (("rotated4", False, 128, F16), ("channel4", False, 128, F16), ("token4", True, 128, F16))
+WRITTEN_OTHERS = (
+    ("rotated1", True, 256, BF16),
+    ("rotated3", False, 80, F32),
+    ("rotated2", True, 64, F32),
+    ("channel3", False, 96, BF16),
+    ("channel1", False, 256, F32),
+    ("token2", False, 64, F32),
+    ("token8", True, 256, BF16),
+    ("16bit", True, 128, F32),
+)
+SCORED = ((128, F16),)
+SCORED_OTHERS = ((64, F16), (80, BF16), (96, F16), (256, BF16), (64, F32), (128, F32))
+
 
 CLIPS = {4: (1.0, 0.9, 0.8, 0.7), 1: (1.0, 0.9, 0.8, 0.7, 0.65, 0.6, 0.55, 0.5, 0.45, 0.4)}  # as the runtime's
 RESERVES = ("rotated4", "token4", "16bit", "token3", "rotated1")
@@ -201,6 +260,17 @@ def main() -> None:
         for reserve in RESERVES if arguments.all else RESERVES[:1]:
             row = {"kernel": "append", "arch": arch, "reserve": reserve, **resources(compile_append(reserve, arch))}
             print(json.dumps(row), flush=True)
+        for format, is_value, head_size, source in WRITTEN + (WRITTEN_OTHERS if arguments.all else ()):
+            compiled = compile_write(format, is_value, arch, head_size, source)
+            row = {"kernel": "write", "format": format, "head_size": head_size, "arch": arch, **resources(compiled)}
+            print(json.dumps({**row, "inexact_operations": inexact_operations(compiled)}), flush=True)
+        compiled = compile_moments(arch)
+        row = {"kernel": "key_moments", "arch": arch, **resources(compiled)}
+        print(json.dumps({**row, "inexact_operations": inexact_operations(compiled)}), flush=True)
+        for head_size, dtype in SCORED + (SCORED_OTHERS if arguments.all else ()):
+            for name, kernel in (("statistics", score._statistics), ("received", score._received)):
+                row = {"kernel": name, "arch": arch, "head_size": head_size, "dtype": str(dtype)}
+                print(json.dumps({**row, **resources(compile_score(kernel, arch, head_size, dtype))}), flush=True)
 
 
 if __name__ == "__main__":
