@@ -5,9 +5,9 @@ forces one; Triton on a CPU means its interpreter (TRITON_INTERPRET=1), for test
 the kernels do not cover, or a kernel that fails, ends in a BackendError that names layer, shape, format and way out.
 
 On a GPU kernels do: appending and decode attention (`append.py`, `decode.py`), the attention that snapkv, criticalkv
-and tova score by (`score.py`), and the writing of the kept tokens (`quantize.py`). PyTorch operations on the same device
-do, by design: the other scorers, pooling, the sort of the importances, and the whole writing of a layer with `hqq` in a
-tier, whose fit is iterative, or with heads that each prompt divides anew.
+and tova score by (`score.py`), and the writing of the kept tokens (`quantize.py`). PyTorch operations on the same
+device do, by design: the other scorers, pooling, the sort of the importances, and the whole writing of a layer with
+`hqq` in a tier, whose fit is iterative, or with heads that each prompt divides anew.
 """
 
 from __future__ import annotations
