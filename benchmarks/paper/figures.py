@@ -9,8 +9,7 @@ from typing import Any
 from benchmarks.paper.laboratory import Measured
 from benchmarks.paper.settings import Key
 from benchmarks.paper.tables import Plot, Table
-from qpkv_planner.evaluation.report import load_pyplot
-from qpkv_runtime.errors import InputError
+from qpkv_planner.evaluation.report import load_pyplot, save_png
 
 COLUMNS = 2
 
@@ -31,13 +30,7 @@ def draw(table: Table, measured: Mapping[Key, Measured], full: Mapping[tuple[str
     for axes in grid.flat[len(plots) :]:
         axes.set_visible(False)
     figure.suptitle(table.title, fontsize=10)
-    figure.tight_layout()
-    try:
-        figure.savefig(file, dpi=100, format="png")
-    except OSError as error:
-        raise InputError(f"cannot write {file}: {error.strerror}") from None
-    finally:
-        pyplot.close(figure)
+    save_png(figure, file, 100)
     return True
 
 

@@ -72,6 +72,7 @@ class Laboratory:
     _models: dict[str, tuple[PreTrainedModel, PreTrainedTokenizerBase]] = field(default_factory=dict)
     _sections: dict[str, Model] = field(default_factory=dict)
     _places: dict[tuple[str, int], Place] = field(default_factory=dict)
+    _unprepared: set[tuple[str, int]] = field(default_factory=set)
     _journals: dict[str, Journal] = field(default_factory=dict)
 
     def measure(self, cell: Key) -> bool:
@@ -102,6 +103,9 @@ class Laboratory:
 
     def _cell(self, cell: Cell) -> Measured | None:
         if cell.place not in self._places:
+            if cell.place in self._unprepared:
+                raise OutOfTime
+            self._unprepared.add(cell.place)  # until it is: a prefill that runs out of time is not begun again
             self._places[cell.place] = self._prepare(cell.place)
         place = self._places[cell.place]
         made = make(cell, place.section, place.weighted)
@@ -149,9 +153,7 @@ class Laboratory:
         if not journal.entries:
             self._check_time()
         self.progress.stage(f"{name} {length}")
-        prepared = load_or_prepare(
-            model, section, split, scorings(own, section), 1, lambda: self.progress.step(PREFILL_WORK), folder
-        )
+        prepared = load_or_prepare(model, section, split, scorings(own, section), 1, self._context_done, folder)
         weighted = self._weights(place, journal) if any(cell.needs_weights for cell in own) else None
         evaluator = Evaluator(model, prepared, journal, memo_bytes=MEMO_BYTES, deadline=self.deadline)
         self.full[place], self.unanswerable[place] = evaluator.full(), prepared.num_unanswerable
@@ -185,6 +187,10 @@ class Laboratory:
             self._journals[name] = Journal(self.study / f"{name}.jsonl", {**header, "versions": versions})
             self._journals[name].stage = self.commit
         return self._journals[name]
+
+    def _context_done(self) -> None:
+        self.progress.step(PREFILL_WORK)
+        self._check_time()
 
     def _check_time(self) -> None:
         if self.deadline is not None and time.monotonic() > self.deadline:

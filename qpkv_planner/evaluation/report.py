@@ -95,13 +95,18 @@ def heat_map(rows: Sequence[Row], title: str, file: Path) -> None:
         for x, mean in enumerate(line):
             axes.text(x, y, f"{mean:.2f}", ha="center", va="center", fontsize=8)
     figure.colorbar(image, label="score")
+    save_png(figure, file, 150)
+
+
+def save_png(figure: Any, file: Path, dots_per_inch: int) -> None:
+    """Write a figure and close it. Raises InputError where it cannot be written."""
     figure.tight_layout()
     try:
-        figure.savefig(file, dpi=150, format="png")
+        figure.savefig(file, dpi=dots_per_inch, format="png")
     except OSError as error:
         raise InputError(f"cannot write {file}: {error.strerror}") from None
     finally:
-        pyplot.close(figure)
+        load_pyplot("a figure").close(figure)
 
 
 def load_pyplot(what: str) -> Any:
