@@ -10,7 +10,7 @@ import pytest
 
 from benchmarks.paper import __main__ as command
 from benchmarks.paper.settings import PRUNERS, Cell, at, bits, layer_ranges, make
-from benchmarks.paper.speed import COLUMNS, speed_table
+from benchmarks.paper.speed import COLUMNS, RECORDED, speed_table
 from benchmarks.paper.tables import Scope, tables
 from benchmarks.paper.verdicts import Claim, judge, measured, negative, over
 from qpkv_planner.allocation import model_section
@@ -148,8 +148,9 @@ def test_wrong_use_is_one_line(tmp_path, capsys):
 
 def test_speed_is_never_a_cpu_s(tmp_path):
     assert "**not run**" in speed_table(tmp_path)
-    lines = [",".join(COLUMNS), "AMD CPU,m,4bit,1,5,6,abc"]
-    (tmp_path / "speed_cpu.csv").write_text("\n".join(lines) + "\n")
+    lines = [",".join(COLUMNS), "none (CPU),m,2,1/16 4bit,eager,7,123,abc", "NVIDIA H100,m,64,1/16 4bit,graph,7,,abc"]
+    (tmp_path / RECORDED).write_text("\n".join(lines) + "\n")
     assert "**not run**" in speed_table(tmp_path)
-    (tmp_path / "speed_h100.csv").write_text("\n".join([*lines, "NVIDIA H100,m,4bit,64,900,7,abc"]) + "\n")
-    assert "900" in speed_table(tmp_path) and "AMD" not in speed_table(tmp_path)
+    lines.append("NVIDIA H100,m,64,1/64 4bit,graph,7,900,abc")
+    (tmp_path / RECORDED).write_text("\n".join(lines) + "\n")
+    assert "900" in speed_table(tmp_path) and "123" not in speed_table(tmp_path)

@@ -3,24 +3,21 @@
 from __future__ import annotations
 
 import argparse
-import os
-import platform
-import subprocess
 import sys
 import time
 from collections import Counter
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 
-import torch
 from transformers import AutoConfig
 
 from benchmarks.paper.figures import draw
 from benchmarks.paper.laboratory import PREFILL_WORK, Laboratory
-from benchmarks.paper.page import page, write_rows
+from benchmarks.paper.page import page, rows
 from benchmarks.paper.settings import Cell
 from benchmarks.paper.speed import speed_table
 from benchmarks.paper.tables import Scope, Table, tables
+from benchmarks.where import RESULTS, commit, cpu, where, write_rows
 from qpkv_planner.progress import Progress
 from qpkv_runtime.cli import CommandParser
 from qpkv_runtime.errors import InputError, run_command
@@ -38,7 +35,6 @@ EXAMPLES = """\
   python -m benchmarks.paper --other-models tiny gemma.gguf  Figures 4 and 5 with more models
   python -m benchmarks.paper --timeout 0                     the page again, of what the study holds"""
 SECONDS_BETWEEN_LINES = 60
-RESULTS = Path(__file__).parents[1] / "results"
 
 
 def main(argv: list[str] | None = None) -> int:
@@ -83,7 +79,7 @@ def _main(argv: list[str] | None) -> int:
     laboratory = Laboratory(
         study=arguments.study,
         contexts=contexts,
-        commit=_commit(),
+        commit=commit(),
         asked=tuple(dict.fromkeys(cell for table in everything for cell in table.cells)),
         progress=Progress(sum(cell.work for cell in cells) + num_places * contexts * PREFILL_WORK),
         deadline=None if arguments.timeout is None else started + 60 * arguments.timeout,
@@ -91,7 +87,7 @@ def _main(argv: list[str] | None) -> int:
     in_time = _measure(laboratory, wanted, len(cells), started)
     output = arguments.output or RESULTS / "paper" / Path(arguments.model).stem
     output.mkdir(parents=True, exist_ok=True)
-    _write(output, wanted, laboratory, arguments.hardware or _hardware(), in_time)
+    _write(output, wanted, laboratory, arguments.hardware or cpu(), in_time)
     print(f"{output}: {len(laboratory.measured)} settings in {time.monotonic() - started:.0f} s", file=sys.stderr)
     return 0
 
@@ -143,19 +139,15 @@ def _write(output: Path, wanted: Sequence[Table], laboratory: Laboratory, hardwa
         for table, name in zip(wanted, pictures, strict=True)
         if draw(table, laboratory.measured, full, output / name)
     ]
-    where = {
-        "hardware": hardware,
-        "threads": str(torch.get_num_threads()),
-        "torch": torch.__version__,
-        "commit": " ".join(laboratory.commits),
-    }
-    text = page(wanted, laboratory, _about(laboratory, where, in_time), speed_table(RESULTS), drawn)
+    columns = {**where(), "cpu": hardware, "commit": " ".join(laboratory.commits)}
+    text = page(wanted, laboratory, _about(laboratory, columns, in_time), speed_table(RESULTS), drawn)
     (output / "README.md").write_text(text, encoding="utf-8")
-    write_rows(output / "rows.csv", wanted, laboratory, where)
+    if measured := rows(wanted, laboratory, columns):
+        write_rows(output / "rows.csv", measured)
     print(text)
 
 
-def _about(laboratory: Laboratory, where: Mapping[str, str], in_time: bool) -> list[str]:
+def _about(laboratory: Laboratory, columns: Mapping[str, str], in_time: bool) -> list[str]:
     """Lines on samples and machine."""
     lines = []
     for (model, length), full in laboratory.full.items():
@@ -166,26 +158,10 @@ def _about(laboratory: Laboratory, where: Mapping[str, str], in_time: bool) -> l
             f"{left_out} questions left out that the full cache cannot answer); full cache {full.mean('ce'):.2f} nats, "
             f"{100 * full.mean('exact'):.0f} % exact."
         )
-    lines.append(
-        f"- {where['hardware']}; torch {where['torch']}, {where['threads']} thread(s); commit {where['commit']}."
-    )
+    lines.append("- {cpu}; torch {torch}, {threads} thread(s); commit {commit}.".format(**columns))
     if not in_time:
         lines.append("- The run was cut short: what says `not run` was not reached.")
     return lines
-
-
-def _hardware() -> str:
-    """Cores and kind of processor, and the GPU."""
-    info = Path("/proc/cpuinfo")
-    lines = info.read_text().splitlines() if info.exists() else []
-    names = [line.partition(":")[2].strip() for line in lines if line.startswith("model name")]
-    gpu = torch.cuda.get_device_name() if torch.cuda.is_available() else "no GPU"
-    return f"{os.cpu_count()}-core {names[0] if names else platform.machine()}, {gpu}"
-
-
-def _commit() -> str:
-    done = subprocess.run(["git", "describe", "--always", "--dirty"], capture_output=True, text=True, check=False)
-    return done.stdout.strip() or "unknown"
 
 
 if __name__ == "__main__":

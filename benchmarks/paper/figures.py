@@ -15,11 +15,11 @@ COLUMNS = 2
 
 
 def draw(table: Table, measured: Mapping[Key, Measured], full: Mapping[tuple[str, int], float], file: Path) -> bool:
-    """Draw the table's plots, those with something measured, side by side.
+    """Draw the table's plots, those half of which is measured, side by side.
 
     full: cross-entropy of the full cache at each place. Returns whether there was anything to draw.
     """
-    plots = [p for p in table.plots if any(cell in measured for series in p.series.values() for cell in series)]
+    plots = [plot for plot in table.plots if _is_worth_it(plot, measured)]
     if not plots:
         return False
     pyplot = load_pyplot("a figure")
@@ -32,6 +32,11 @@ def draw(table: Table, measured: Mapping[Key, Measured], full: Mapping[tuple[str
     figure.suptitle(table.title, fontsize=10)
     save_png(figure, file, 100)
     return True
+
+
+def _is_worth_it(plot: Plot, measured: Mapping[Key, Measured]) -> bool:
+    cells = [cell for series in plot.series.values() for cell in series]
+    return 2 * sum(cell in measured for cell in cells) >= len(cells)
 
 
 def _plot(axes: Any, plot: Plot, measured: Mapping[Key, Measured], full: Mapping[tuple[str, int], float]) -> None:

@@ -2,9 +2,7 @@
 
 from __future__ import annotations
 
-import csv
 from collections.abc import Mapping, Sequence
-from pathlib import Path
 
 from benchmarks.paper.laboratory import Laboratory, Measured
 from benchmarks.paper.settings import Cell, Key
@@ -114,19 +112,12 @@ def answers_and_text(losses: Losses) -> tuple[float, float | None]:
     return sum(asked) / max(1, len(asked)), text
 
 
-def write_rows(path: Path, tables: Sequence[Table], laboratory: Laboratory, where: Mapping[str, str]) -> None:
-    """A row for each measured cell, with where and how it was measured."""
+def rows(tables: Sequence[Table], laboratory: Laboratory, columns: Mapping[str, str]) -> list[dict[str, str]]:
+    """A row for each measured cell under the first table that has it; columns: where and how it was measured."""
     first = {cell: table.name for table in reversed(tables) for cell in table.cells}
-    kinds = sorted({kind for one in laboratory.measured.values() for kind in one.losses.kinds})
-    rows = [
-        _row(first[cell], cell, one, laboratory, kinds) for cell, one in laboratory.measured.items() if cell in first
-    ]
-    if not rows:
-        return
-    with path.open("w", newline="") as file:
-        writer = csv.DictWriter(file, fieldnames=[*rows[0], *where])
-        writer.writeheader()
-        writer.writerows({**row, **where} for row in rows)
+    measured = {cell: one for cell, one in laboratory.measured.items() if cell in first}
+    kinds = sorted({kind for one in measured.values() for kind in one.losses.kinds})
+    return [{**_row(first[cell], cell, one, laboratory, kinds), **columns} for cell, one in measured.items()]
 
 
 def _row(table: str, cell: Key, one: Measured, laboratory: Laboratory, kinds: Sequence[str]) -> dict[str, str]:

@@ -1,6 +1,6 @@
 """Table 4, speed: from rows that a GPU run recorded, never from a CPU.
 
-Read are benchmarks/results/speed_*.csv with the columns of COLUMNS; rows of a CPU are left out.
+Read is what `benchmarks/gpu.sh` leaves of its end-to-end table; rows of a CPU, and those that failed, are left out.
 """
 
 from __future__ import annotations
@@ -8,7 +8,8 @@ from __future__ import annotations
 import csv
 from pathlib import Path
 
-COLUMNS = ("device", "model", "setting", "batch", "tokens_per_second", "bytes_per_sequence", "commit")
+RECORDED = "gpu_end_to_end.csv"
+COLUMNS = ("gpu", "model", "batch", "what", "mode", "bytes_per_row", "tokens_per_s", "commit")
 PAPER = """\
 ## Table 4: speed
 
@@ -20,9 +21,10 @@ truth."""
 
 def speed_table(results: Path) -> str:
     """The section, with what was recorded or "not run"."""
-    rows = [row for path in sorted(results.glob("speed_*.csv")) for row in _rows(path)]
+    path = results / RECORDED
+    rows = _rows(path) if path.exists() else []
     if not rows:
-        return f"{PAPER}\n\n**not run**: no speed of a GPU is recorded under benchmarks/results."
+        return f"{PAPER}\n\n**not run**: no GPU's rows are recorded as benchmarks/results/{RECORDED}."
     lines = ["| " + " | ".join(name.replace("_", " ") for name in COLUMNS) + " |", "|---" * len(COLUMNS) + "|"]
     lines += ["| " + " | ".join(row[name] for name in COLUMNS) + " |" for row in rows]
     return f"{PAPER}\n\n" + "\n".join(lines)
@@ -31,4 +33,4 @@ def speed_table(results: Path) -> str:
 def _rows(path: Path) -> list[dict[str, str]]:
     with path.open(newline="") as file:
         rows = list(csv.DictReader(file))
-    return [row for row in rows if set(COLUMNS) <= set(row) and "cpu" not in row["device"].lower()]
+    return [row for row in rows if row.get("tokens_per_s") and "CPU" not in row["gpu"]]
