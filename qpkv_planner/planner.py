@@ -573,8 +573,8 @@ class _Search:
         return stretched.model_copy(update={"extrapolated": True})
 
     def _grid(self, evaluator: Evaluator) -> Setting:
-        """Measure the uniform settings. The one of lowest cross-entropy is what the plan must beat; the one of lowest
-        objective below 16 bit with the search's window is where the search starts."""
+        """Measure the uniform settings. The one of lowest cross-entropy is what the plan must beat; the search starts
+        there too, or at the next one that is below 16 bit with the search's window and gives every layer as much."""
         self._stage("uniform grid")
         rows = []
         for setting in self.grid:
@@ -595,7 +595,7 @@ class _Search:
         ]
         window = self.space.window
         whole = [row for row in rows if row[0].format != "16bit" and row[0].space.window == window and _is_even(row[0])]
-        return min(whole, key=lambda row: row[1].mean(self.objective))[0]
+        return min(whole, key=lambda row: row[1].mean("ce"))[0]
 
     def _slope(self, evaluator: Evaluator, space: Space, allocation: Allocation, losses: Losses) -> float:
         """lambda = -dD/dR: nats that a tenth more budget saves, per MiB, all layers growing alike.
