@@ -229,10 +229,12 @@ def _load(arguments: argparse.Namespace) -> tuple[PreTrainedModel, PreTrainedTok
 def _settings(arguments: argparse.Namespace) -> dict[str, Any]:
     """The keyword arguments of `planner.plan` and its siblings."""
     from qpkv_planner.calibration import BUILT_IN, Data, parse_mix
+    from qpkv_runtime.models import hub_commit
 
     mix = parse_mix(arguments.calibration_mix) if arguments.calibration_mix else BUILT_IN.mix
     settings = {
         "name": arguments.model,
+        "revision": hub_commit(arguments.model, arguments.revision),
         "study": arguments.study,
         "calibration_cache": arguments.calibration_cache,
         "report": arguments.report,

@@ -90,7 +90,7 @@ class Options:
     calibration_tokens: the length of the calibration contexts, the same unless given: then the search runs at the same
     ratio of that length and its kept shares are stretched; data: where the contexts come from; max_new_tokens: the
     reserve's size; heads: how KV heads share a layer's tokens (uniform, adaptive, or weighted, measured on the search
-    contexts); timeout_seconds: the search's, validation comes on top; sampler, storage: Optuna's.
+    contexts); revision: the model's on the hub, recorded for loading just that; timeout_seconds: the search's, validation comes on top; sampler, storage: Optuna's.
     """
 
     context_tokens: int | None = None
@@ -106,6 +106,7 @@ class Options:
     trials: int | None = None
     sampler: str = "tpe"
     storage: str | None = None
+    revision: str | None = None
     timeout_seconds: float | None = None
     seed: int = 0
 
@@ -232,14 +233,15 @@ def _session(
         progress.close()
 
 
-def describe(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, name: str, context: Context) -> Model:
-    """A plan's `model` section. `context` is run to see whether float16 can hold the keys and values."""
+def describe(
+    model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, name: str, context: Context, revision: str | None = None
+) -> Model:
+    """A plan's `model` section; revision: the model's on the hub. `context` is run to see whether float16 can hold the keys and values."""
     shape, identity = model_shape(model), model_identity(model, tokenizer)
     dtype = str(model.dtype).removeprefix("torch.")
     storage_dtype = dtype
     if dtype == "float32":
         storage_dtype = "float16" if largest_number(model, shape, context) < FLOAT16_ROOM else "bfloat16"
-    revision = getattr(model.config, "_commit_hash", None)
     return model_section(name, shape, dtype, storage_dtype, revision=revision, **asdict(identity))
 
 
@@ -275,7 +277,9 @@ class _Session:
             )
         counts = {"search": self.effort.search_contexts, "validation": self.effort.validation_contexts}
         self.splits = make_splits(tokenizer, counts, self.calibration_tokens, options.seed, options.data)
-        self.section = describe(model, tokenizer, name or model.config._name_or_path, self.splits["search"].contexts[0])
+        self.section = describe(
+            model, tokenizer, name or model.config._name_or_path, self.splits["search"].contexts[0], options.revision
+        )
         if options.heads not in SHARINGS:
             raise InputError(f"heads must be one of {', '.join(SHARINGS)}, got {options.heads!r}")
         self.heads: Heads | tuple[Heads, ...] = (

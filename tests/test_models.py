@@ -297,9 +297,11 @@ def test_a_hub_model_loads_from_the_cache_or_fails_in_one_line(tmp_path: Path) -
     script = """
 import sys
 from qpkv_runtime.errors import run_command
-from qpkv_runtime.models import load_model
-assert load_model("owner/cached")[0].config._commit_hash == "0123456789" * 4
-assert load_model("owner/cached", revision="v1")[0].config._commit_hash == "abcdef0123" * 4
+from qpkv_runtime.models import hub_commit, load_model
+load_model("owner/cached")
+assert hub_commit("owner/cached") == "0123456789" * 4
+load_model("owner/cached", revision="v1")
+assert hub_commit("owner/cached", "v1") == hub_commit("owner/cached", "abcdef0123" * 4) == "abcdef0123" * 4
 sys.exit(run_command("qpkv-run", lambda: len(load_model("mistral-7b"))))
 """
     variables = {

@@ -14,7 +14,7 @@ from qpkv_runtime.models.shape import ModelShape
 
 if TYPE_CHECKING:
     from qpkv_runtime.models.identity import ModelIdentity, model_identity, model_shape
-    from qpkv_runtime.models.load import choose_dtype, load_model, load_tokenizer
+    from qpkv_runtime.models.load import choose_dtype, hub_commit, load_model, load_tokenizer
 
 __all__ = [
     "KNOWN_MODELS",
@@ -22,6 +22,7 @@ __all__ = [
     "ModelIdentity",
     "ModelShape",
     "choose_dtype",
+    "hub_commit",
     "load_model",
     "load_tokenizer",
     "model_identity",
@@ -33,6 +34,7 @@ _ON_FIRST_USE = {
     "model_identity": "identity",
     "model_shape": "identity",
     "choose_dtype": "load",
+    "hub_commit": "load",
     "load_model": "load",
     "load_tokenizer": "load",
 }

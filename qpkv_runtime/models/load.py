@@ -5,9 +5,11 @@ files."""
 from __future__ import annotations
 
 import sys
+from pathlib import Path
 from typing import Any
 
 import torch
+from huggingface_hub import try_to_load_from_cache
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
 
 from qpkv_runtime.errors import InputError, ModelNotFoundError, UnsupportedModelError
@@ -83,6 +85,16 @@ def _revision(source: ModelSource, revision: str | None) -> str:
     if revision is not None and source.kind != "hub":
         raise InputError(f"a revision is one of a model on the hub, and {source.name} is a {source.kind} model")
     return revision or "main"
+
+
+def hub_commit(name: str, revision: str | None = None) -> str | None:
+    """The commit of a model on the hub whose files load under this name and revision, once they are on this machine;
+    None for a model that does not come from there."""
+    source = resolve(name)
+    if source.kind != "hub":
+        return None
+    config = try_to_load_from_cache(source.path_or_id, "config.json", revision=revision or "main")
+    return Path(config).parent.name if isinstance(config, str) else None
 
 
 def choose_dtype(device: torch.device, own: torch.dtype | None = None) -> torch.dtype:
