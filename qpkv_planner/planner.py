@@ -90,7 +90,8 @@ class Options:
     calibration_tokens: the length of the calibration contexts, the same unless given: then the search runs at the same
     ratio of that length and its kept shares are stretched; data: where the contexts come from; max_new_tokens: the
     reserve's size; heads: how KV heads share a layer's tokens (uniform, adaptive, or weighted, measured on the search
-    contexts); revision: the model's on the hub, recorded for loading just that; timeout_seconds: the search's, validation comes on top; sampler, storage: Optuna's.
+    contexts); revision: the model's on the hub, to be loaded by; timeout_seconds: the search's, validation comes on
+    top; sampler, storage: Optuna's.
     """
 
     context_tokens: int | None = None
@@ -236,7 +237,8 @@ def _session(
 def describe(
     model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, name: str, context: Context, revision: str | None = None
 ) -> Model:
-    """A plan's `model` section; revision: the model's on the hub. `context` is run to see whether float16 can hold the keys and values."""
+    """A plan's `model` section; revision: the model's on the hub. `context` is run to see whether float16 can hold the
+    keys and values."""
     shape, identity = model_shape(model), model_identity(model, tokenizer)
     dtype = str(model.dtype).removeprefix("torch.")
     storage_dtype = dtype
