@@ -10,6 +10,7 @@ import sys
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from qpkv_planner.fit import Fit, fit, memory_bytes, weights_bytes
 from qpkv_planner.grid import PAPER_WINDOW
 from qpkv_runtime.budget import limit_bytes
 from qpkv_runtime.cli import CommandParser
@@ -23,6 +24,7 @@ if TYPE_CHECKING:
     from qpkv_runtime.plan import Plan
 
 
+MEASURED_TOKENS = 1024  # a prefill's peak is measured at, and grows with the tokens
 ANY_CACHE_BYTES = 2**40  # for finding out whether a budget can be read at all
 
 DESCRIPTION = """\
@@ -40,6 +42,7 @@ EXAMPLES = """\
   qpkv-plan --model smollm2 --budget 1/64 --storage trials.log > plan.yaml (then: optuna-dashboard trials.log)
   qpkv-plan --model ./my-model --budget 512MiB --context-length 32768 --calibration-length 4096
   qpkv-plan --model smollm2 --budget 1/16 --calibration samples.jsonl --regime agnostic > plan.yaml
+  qpkv-plan --model llama-3-8b --fit 24GiB --batch 16 --context-length 8192 --dry-run     (what would be done)
   qpkv-plan --model mistral-7b --budget 1/64 --uniform snapkv:kivi:4bit    (by arithmetic alone: no weights, no search)
 
 budgets, per sequence: 1/64, 0.0156 or 1.6% of the full cache (16 bit, all KV heads, --context-length tokens), or bytes:
@@ -51,8 +54,19 @@ def parser() -> CommandParser:
     out.add_argument("--model", required=True, help="smollm2, tiny, an alias, a directory, a .gguf file or a hub id")
     out.add_argument(
         "--budget",
-        required=True,
         help="1/64, 0.0156, 1.6%%, 512MiB or 2GB, per sequence; several: 1/8,1/16 with --out-dir; auto with --max-loss",
+    )
+    out.add_argument(
+        "--fit",
+        metavar="SIZE",
+        help="in place of --budget: a device's memory (24GiB) that must hold the model, its work and --batch "
+        "sequences of --context-length tokens; what is left is their cache",
+    )
+    out.add_argument("--batch", type=int, metavar="N", help="with --fit: sequences at a time (default 1)")
+    out.add_argument(
+        "--dry-run",
+        action="store_true",
+        help="print what would be done and an estimate of its time and memory, as YAML; needs no weights",
     )
     out.add_argument("--out-dir", type=Path, metavar="DIR", help="where the plans of several budgets go")
     out.add_argument(
@@ -149,6 +163,12 @@ def parser() -> CommandParser:
         "--report", type=Path, metavar="FILE",
         help="draw the search, an .html file for browsers or a .png (needs matplotlib: extra `report`)",
     )  # fmt: skip
+    out.add_argument(
+        "--prefill-memory",
+        metavar="SIZE",
+        help="memory that prefills may take, the rest going to disk (default: half of what is free on the device, "
+        "or else in main memory)",
+    )
     out.add_argument("--quiet", action="store_true", help="nothing on stderr but errors")
     add_loading_options(out)
     return out
@@ -162,6 +182,9 @@ def main(argv: list[str] | None = None) -> int:
 def _main(argv: list[str] | None) -> int:
     arguments = parser().parse_args(argv)
     _check(arguments)
+    if arguments.dry_run:
+        _put(arguments, _dry_run(arguments))
+        return 0
     if arguments.uniform:
         _put(arguments, _uniform(arguments))
         return 0
@@ -171,6 +194,8 @@ def _main(argv: list[str] | None) -> int:
     from qpkv_planner import planner
 
     model, tokenizer = _load(arguments)
+    if arguments.fit is not None:
+        arguments.budget = _fitted(arguments, model).budget
     if arguments.budget == "auto":
         found = planner.smallest(model, tokenizer, arguments.max_loss, **_settings(arguments))
     else:
@@ -181,7 +206,18 @@ def _main(argv: list[str] | None) -> int:
 
 def _check(arguments: argparse.Namespace) -> None:
     """Raise InputError, before anything is loaded, for options that make no sense alone or together."""
-    for name, least in (("sinks", 0), ("window", 1), ("trials", 1), ("max_new_tokens", 1), ("context_length", 1)):
+    if (arguments.budget is None) == (arguments.fit is None):
+        raise InputError("give --budget, or --fit with a device's memory to derive it from (see qpkv-plan --help)")
+    if arguments.fit is None and arguments.batch is not None:
+        raise InputError("--batch is for --fit, which divides memory among sequences: leave it away with --budget")
+    for name in ("fit", "prefill_memory"):
+        if getattr(arguments, name) is not None:
+            memory_bytes(getattr(arguments, name), f"--{name.replace('_', '-')}")
+    if arguments.fit is not None and (arguments.out_dir is not None or arguments.max_loss is not None):
+        raise InputError("--fit gives one budget: leave --out-dir and --max-loss to --budget")
+    for name, least in (
+        ("sinks", 0), ("window", 1), ("trials", 1), ("max_new_tokens", 1), ("context_length", 1), ("batch", 1),
+    ):  # fmt: skip
         value = getattr(arguments, name)
         if value is not None and value < least:
             raise InputError(f"--{name.replace('_', '-')} must be at least {least}, got {value}")
@@ -191,9 +227,9 @@ def _check(arguments: argparse.Namespace) -> None:
             raise InputError(f"--{name.replace('_', '-')} must be above 0, got {value}")
     if (arguments.budget == "auto") != (arguments.max_loss is not None):
         raise InputError("--budget auto and --max-loss NATS go together: the one is found from the other")
-    for budget in arguments.budget.split(",") if arguments.budget != "auto" else ():
+    for budget in _budgets(arguments):
         limit_bytes(budget, ANY_CACHE_BYTES)
-    if ("," in arguments.budget) != (arguments.out_dir is not None):
+    if (len(_budgets(arguments)) > 1) != (arguments.out_dir is not None):
         raise InputError("several budgets (1/8,1/16) and --out-dir DIR go together: one file for each plan")
     if arguments.out_dir is not None and (arguments.output is not None or arguments.uniform):
         raise InputError("--out-dir names its files itself and is for searches: leave --output and --uniform away")
@@ -211,6 +247,11 @@ def _check(arguments: argparse.Namespace) -> None:
         from qpkv_planner.report import check_report
 
         check_report(arguments.report)
+
+
+def _budgets(arguments: argparse.Namespace) -> list[str]:
+    """The budgets as asked; none for `auto` and --fit."""
+    return [] if arguments.budget in (None, "auto") else [one.strip() for one in arguments.budget.split(",")]
 
 
 def _put(arguments: argparse.Namespace, text: str) -> None:
@@ -242,6 +283,7 @@ def _settings(arguments: argparse.Namespace) -> dict[str, Any]:
         "context_tokens": arguments.context_length,
         "calibration_tokens": arguments.calibration_length,
         "timeout_seconds": arguments.timeout,
+        "prefill_memory": arguments.prefill_memory and memory_bytes(arguments.prefill_memory, "--prefill-memory"),
         "data": Data(arguments.regime, arguments.target, mix, arguments.calibration),
     }
     for name in (
@@ -257,7 +299,7 @@ def _frontier(arguments: argparse.Namespace) -> int:
     """One plan a file, named <model>__<budget>.yaml, and frontier.json: what each takes and loses."""
     from qpkv_planner import planner
 
-    budgets = [budget.strip() for budget in arguments.budget.split(",")]
+    budgets = _budgets(arguments)
     arguments.out_dir.mkdir(parents=True, exist_ok=True)
     model, tokenizer = _load(arguments)
     points, status = [], 0
@@ -284,9 +326,53 @@ def _status(plan: Plan) -> int:
     return EXIT_INTERRUPTED if plan.calibration is not None and plan.calibration.stopped == "interrupted" else 0
 
 
+def _fitted(arguments: argparse.Namespace, model: PreTrainedModel | None = None) -> Fit:
+    """The division of --fit's memory, said on stderr. A loaded model's prefill is measured at up to the calibration
+    length on a CPU, and grows with the tokens."""
+    from qpkv_planner.allocation import DEFAULT_CONTEXT_TOKENS
+    from qpkv_planner.uniform import known
+
+    facts, measured = known(arguments.model), None
+    tokens = arguments.context_length or min(DEFAULT_CONTEXT_TOKENS, facts.shape.max_context_tokens)
+    dtype = "bfloat16" if arguments.dtype == "auto" else arguments.dtype
+    if model is not None:
+        from qpkv_planner.machine import measured_prefill_bytes
+
+        here = min(tokens, arguments.calibration_length or tokens, MEASURED_TOKENS)
+        width = weights_bytes(1, dtype) / model.dtype.itemsize
+        measured = int(measured_prefill_bytes(model, here) * tokens / here * width)
+    divided = fit(facts, memory_bytes(arguments.fit, "--fit"), arguments.batch or 1, tokens, dtype, measured)
+    divided.budget  # noqa: B018  (raises where nothing is left)
+    if not arguments.quiet:
+        print(f"qpkv-plan: {divided.line()}", file=sys.stderr)
+    return divided
+
+
+def _dry_run(arguments: argparse.Namespace) -> str:
+    import yaml
+
+    from qpkv_planner.dry_run import outline
+    from qpkv_planner.planner import Options
+    from qpkv_planner.uniform import known
+    from qpkv_runtime.models.load import place_and_dtype
+
+    divided = None if arguments.fit is None else _fitted(arguments)
+    settings = _settings(arguments)
+    options = Options(**{name: settings[name] for name in settings if name in Options.__dataclass_fields__})
+    device, dtype = place_and_dtype(arguments.device, arguments.dtype)
+    budgets = _budgets(arguments) if divided is None else [divided.budget]
+    found = outline(arguments.model, known(arguments.model), budgets, options, dtype, device, divided)
+    if arguments.uniform:
+        del found["search"]
+    text: str = yaml.safe_dump(found, sort_keys=False)
+    return text
+
+
 def _uniform(arguments: argparse.Namespace) -> str:
     from qpkv_planner.uniform import uniform_plan
 
+    if arguments.fit is not None:
+        arguments.budget = _fitted(arguments).budget
     return uniform_plan(
         arguments.model,
         arguments.budget,

@@ -252,18 +252,23 @@ class Evaluator:
         return self._blocks[key]
 
     def _compress(self, plan: Plan, scoring: Scoring, layout: LayerLedger, part: int) -> Tensor:
+        """From wherever the prefill is to the device that the layer runs on."""
         prepared, layer = self.prepared, self.prepared.layers[layout.layer]
         rows = slice(prepared.part_starts[part], prepared.part_starts[part + 1])
-        scored = layer.scored[scoring]
-        selections = keep(plan, layout.layer, scored.importance[rows])
-        token_rows = prepared.token_rows[rows]
+        device = self._devices[layout.layer]
+        scored, token_rows = layer.scored[scoring], prepared.token_rows[rows]
+        selections = keep(plan, layout.layer, scored.importance[rows].to(device))
         num_rows, num_tokens = token_rows.shape
-        keys, values = (x.transpose(0, 1).expand(num_rows, -1, -1, -1) for x in (layer.keys, layer.values))
         padding = [num_tokens - tokens for tokens in prepared.prompt_tokens[rows]]
-        block = torch.zeros(num_rows, layout.stored_bytes, dtype=torch.uint8, device=layer.keys.device)
+        # a part holds whole contexts: what its samples look at lies together
+        first = min(int(row[skipped]) for row, skipped in zip(token_rows, padding, strict=True))
+        keys, values = (x[first : int(token_rows.max()) + 1].to(device) for x in (layer.keys, layer.values))
+        token_rows = (token_rows - first).clamp(min=0)
+        keys, values = (x.transpose(0, 1).expand(num_rows, -1, -1, -1) for x in (keys, values))
+        block = torch.zeros(num_rows, layout.stored_bytes, dtype=torch.uint8, device=device)
         compress(
-            block, layout, plan.model.storage_dtype, keys, values, selections, padding, scored.query_stats[rows],
-            token_rows,
+            block, layout, plan.model.storage_dtype, keys, values, selections, padding,
+            scored.query_stats[rows].to(device), token_rows.to(device),
         )  # fmt: skip
         return block
 

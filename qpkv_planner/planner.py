@@ -13,7 +13,7 @@ from __future__ import annotations
 
 import math
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass, replace
 from fractions import Fraction
@@ -33,25 +33,31 @@ from qpkv_planner.allocation import (
     format_named,
     model_section,
 )
-from qpkv_planner.calibration import BUILT_IN, Context, Data, Split, make_splits
-from qpkv_planner.calibration_cache import load_or_prepare
+from qpkv_planner.calibration import BUILT_IN, DOCUMENTS, Context, Data, Split, make_splits
+from qpkv_planner.calibration_cache import choose_places, load_or_prepare
 from qpkv_planner.elimination import eliminate, roomy
+from qpkv_planner.estimate import Estimate, duration, prefills_bytes
+from qpkv_planner.fit import readable
 from qpkv_planner.grid import FORMATS, QUICK_FORMATS, Setting, make_grid, with_format
 from qpkv_planner.heads import measure_heads
 from qpkv_planner.journal import Journal
 from qpkv_planner.knapsack import additivity, improve
 from qpkv_planner.linearization import FORWARDS
+from qpkv_planner.machine import operations_per_second
 from qpkv_planner.measurement import Evaluator, Losses, Objective, OutOfTime, interval
 from qpkv_planner.prefill import Prepared, largest_number
 from qpkv_planner.progress import Progress
 from qpkv_planner.report import Report, check_report, write_report
 from qpkv_runtime.attention import NAME
 from qpkv_runtime.budget import limit_bytes
+from qpkv_runtime.cache import runs_on
 from qpkv_runtime.compression import Scoring
 from qpkv_runtime.errors import BudgetError, InputError, UnsupportedModelError
 from qpkv_runtime.ledger import full_bytes
 from qpkv_runtime.methods import SHARINGS
-from qpkv_runtime.models import model_identity, model_shape
+from qpkv_runtime.models import known_model, model_identity, model_shape
+from qpkv_runtime.models.aliases import KnownModel
+from qpkv_runtime.models.shape import ModelShape
 from qpkv_runtime.plan import Calibration, Comparison, Decode, Heads, Model, Plan, Scorer
 
 QUICK_CONTEXT_TOKENS = 1024
@@ -91,7 +97,8 @@ class Options:
     ratio of that length and its kept shares are stretched; data: where the contexts come from; max_new_tokens: the
     reserve's size; heads: how KV heads share a layer's tokens (uniform, adaptive, or weighted, measured on the search
     contexts); revision: the model's on the hub, to be loaded by; timeout_seconds: the search's, validation comes on
-    top; sampler, storage: Optuna's.
+    top; sampler, storage: Optuna's; prefill_memory: bytes of memory that prefills may take, None for what is free: what
+    is more goes to disk.
     """
 
     context_tokens: int | None = None
@@ -108,6 +115,7 @@ class Options:
     sampler: str = "tpe"
     storage: str | None = None
     revision: str | None = None
+    prefill_memory: int | None = None
     timeout_seconds: float | None = None
     seed: int = 0
 
@@ -223,6 +231,7 @@ def _session(
     progress = Progress(_estimated_steps(options.effort, model_shape(model).num_layers, num_budgets), quiet)
     session = _Session(model, tokenizer, options, name, study, calibration_cache, progress)
     try:
+        session.say_estimate(num_budgets)
         yield session
         if report is not None:
             try:
@@ -247,6 +256,38 @@ def describe(
     return model_section(name, shape, dtype, storage_dtype, revision=revision, **asdict(identity))
 
 
+def estimate(
+    known: KnownModel, options: Options, context_tokens: int, num_budgets: int, samples: Mapping[str, int] | None = None
+) -> Estimate:
+    """What a search takes. samples: of each split, where they are made; else as many as the mix gives."""
+    effort = options.effort
+    contexts = {"search": effort.search_contexts, "validation": effort.validation_contexts}
+    in_context = 1 + sum(count for kind, count in options.data.mix if kind not in DOCUMENTS)
+    return Estimate(
+        model=known,
+        contexts=contexts,
+        samples=samples or {name: count * in_context for name, count in contexts.items()},
+        calibration_tokens=options.calibration_tokens or context_tokens,
+        num_scorings=len(effort.scorers) + 1,
+        steps=_estimated_steps(effort, known.shape.num_layers, num_budgets) - sum(contexts.values()),
+    )
+
+
+def check_lengths(options: Options, shape: ModelShape) -> tuple[int, int]:
+    """The context and the calibration length. Raises InputError where they are not the model's."""
+    default_tokens = QUICK_CONTEXT_TOKENS if options.quick else DEFAULT_CONTEXT_TOKENS
+    context_tokens = options.context_tokens or min(default_tokens, shape.max_context_tokens)
+    calibration_tokens = options.calibration_tokens or context_tokens
+    for what, tokens in (("context length", context_tokens), ("calibration length", calibration_tokens)):
+        if not 0 < tokens <= shape.max_context_tokens:
+            raise InputError(f"the {what} must be 1 to the model's {shape.max_context_tokens} tokens, got {tokens}")
+    if calibration_tokens > context_tokens:
+        raise InputError(
+            f"the calibration length must be at most the context length {context_tokens}, got {calibration_tokens}"
+        )
+    return context_tokens, calibration_tokens
+
+
 def _estimated_steps(effort: Effort, num_layers: int, num_budgets: int) -> int:
     """Steps of progress: forwards of all samples; a context's prefill counts as one."""
     contexts = effort.search_contexts + effort.validation_contexts
@@ -265,18 +306,7 @@ class _Session:
         self.model, self.options, self.effort, self.progress = model, options, options.effort, progress
         self.stopped: Literal["interrupted", "timeout"] | None = None
         shape = model_shape(model)
-        default_tokens = QUICK_CONTEXT_TOKENS if options.quick else DEFAULT_CONTEXT_TOKENS
-        self.context_tokens = options.context_tokens or min(default_tokens, shape.max_context_tokens)
-        self.calibration_tokens = options.calibration_tokens or self.context_tokens
-        lengths = (("context length", self.context_tokens), ("calibration length", self.calibration_tokens))
-        for what, tokens in lengths:
-            if not 0 < tokens <= shape.max_context_tokens:
-                raise InputError(f"the {what} must be 1 to the model's {shape.max_context_tokens} tokens, got {tokens}")
-        if self.calibration_tokens > self.context_tokens:
-            raise InputError(
-                f"the calibration length must be at most the context length {self.context_tokens}, "
-                f"got {self.calibration_tokens}"
-            )
+        self.context_tokens, self.calibration_tokens = check_lengths(options, shape)
         counts = {"search": self.effort.search_contexts, "validation": self.effort.validation_contexts}
         self.splits = make_splits(tokenizer, counts, self.calibration_tokens, options.seed, options.data)
         self.section = describe(
@@ -318,6 +348,17 @@ class _Session:
             "versions": _versions(),
         }
         return Journal(study / "journal.jsonl", header)
+
+    def say_estimate(self, num_budgets: int) -> None:
+        """What is about to be done, and what it will take."""
+        samples = {name: sum(len(one.samples) for one in split.contexts) for name, split in self.splits.items()}
+        expected = estimate(known_model(self.model), self.options, self.context_tokens, num_budgets, samples)
+        speed = operations_per_second(runs_on(self.model), self.model.dtype)
+        self.progress.say(
+            f"about {duration(expected.seconds(speed))} for {sum(expected.contexts.values())} prefills of "
+            f"{self.calibration_tokens} tokens and {expected.steps} steps of search; prefills take "
+            f"{readable(sum(expected.prefill_bytes.values()))}"
+        )
 
     # --- one budget ---
 
@@ -401,9 +442,15 @@ class _Session:
 
     def _prepare(self, split: Split, scorings: list[Scoring]) -> Prepared:
         self.progress.stage(f"prefill {split.name}")
+        samples = sum(len(context.samples) for context in split.contexts)
+        needed = prefills_bytes(
+            known_model(self.model), len(split.contexts), samples, self.calibration_tokens, len(scorings)
+        )
+        place = choose_places({split.name: needed}, runs_on(self.model), self.options.prefill_memory)[split.name]
+        self.progress.say(f"{split.name}: prefills of about {readable(needed)} go to {place}")
         prepared = load_or_prepare(
             self.model, self.section, split, scorings, self.effort.num_parts, self.progress.step,
-            self.cache_folder,
+            self.cache_folder, place,
         )  # fmt: skip
         left_out = sum(prepared.num_unanswerable.values())
         self.samples[split.name] = {
@@ -489,7 +536,7 @@ class _Search:
         self._stage("search")
         found = search.refine(
             evaluator, search.Family(space, improved, around.sensitivities, quantizer), self.effort.trials,
-            self.objective, self.options.seed, self.progress.step,
+            self.objective, self.options.seed, self._trial,
             sampler=self.options.sampler, storage=self.options.storage, name=f"{self.space.requested} {start.format}",
         )  # fmt: skip
         self.record["optuna"] = {"trials": self.effort.trials, "finished": len(found)}
@@ -505,6 +552,11 @@ class _Search:
         for stage, allocation in (("half elimination", eliminated), ("half knapsack", improved)):
             self.candidates += _geometric_mean(stage, [(space, allocation), even])
         self.slope = self._slope(evaluator, space, improved, improved_losses)
+
+    def _trial(self, number: int) -> None:
+        """A trial begins."""
+        self.progress.label(f"trial {number + 1}/{self.effort.trials}")
+        self.progress.step()
 
     def _keep(self, candidate: Candidate) -> None:
         """A stage's latest result."""
@@ -616,6 +668,8 @@ class _Search:
         return lagrangian.slope(losses.mean(self.objective), space.bytes(allocation), loss, space.bytes(larger))
 
     def _say(self, what: str, losses: Losses) -> Losses:
+        if what != "full cache":
+            self.progress.best(self.objective, losses.mean(self.objective))
         self.progress.say(
             f"{what:<15} cross-entropy {losses.mean('ce'):.3f}  kl {losses.mean('kl'):.3f}  "
             f"exact answers {100 * losses.mean('exact'):.0f} %"

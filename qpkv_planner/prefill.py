@@ -42,7 +42,8 @@ class Scored:
 
 @dataclass(frozen=True)
 class PreparedLayer:
-    """One layer of a split. keys, values: the 16-bit tokens of all contexts and prompts in a row, [M, H_kv, D]."""
+    """One layer of a split. keys, values: the 16-bit tokens of all contexts and prompts in a row, [M, H_kv, D], on any
+    device or mapped from a file."""
 
     keys: Tensor
     values: Tensor
@@ -226,6 +227,15 @@ def largest_number(model: PreTrainedModel, shape: ModelShape, context: Context) 
     return max(float(x.abs().max()) for past in pasts if past is not None for x in past[1:])
 
 
+Allocate = Callable[[str, tuple[int, ...], torch.dtype, torch.device], Tensor]
+"""(name, shape, dtype, the layer's device) -> a tensor to be filled."""
+
+
+def in_memory(name: str, shape: tuple[int, ...], dtype: torch.dtype, device: torch.device) -> Tensor:
+    """Room where the layer runs."""
+    return torch.empty(shape, dtype=dtype, device=device)
+
+
 def prepare(
     model: PreTrainedModel,
     shape: ModelShape,
@@ -234,15 +244,19 @@ def prepare(
     scorings: Sequence[Scoring],
     num_parts: int,
     progress: Callable[[], None],
+    allocate: Allocate = in_memory,
 ) -> Prepared:
     """Prefill a split. Calls `progress` after each context.
+
+    allocate: makes the room for each layer's keys and values, once the first context shows where the layer runs; what
+    else is remembered of the layer goes to the same device.
 
     Questions that the full cache cannot answer are left out. Raises NumericsError when the model gives NaN.
     """
     parts = layer_parts(model) if any(scoring.needs_parts for scoring in scorings) else None
     order = sorted(range(len(split.contexts)), key=lambda i: (i % num_parts, i))
-    keys: list[list[Tensor]] = [[] for _ in range(shape.num_layers)]
-    values: list[list[Tensor]] = [[] for _ in range(shape.num_layers)]
+    room = sum(len(context.tokens) + sum(len(s.prompt) for s in context.samples) for context in split.contexts)
+    banks: dict[tuple[int, str], Tensor] = {}  # the room: questions that are left out would fit too
     observed: list[dict[Scoring, list[tuple[Tensor, Tensor]]]] = [
         {scoring: [] for scoring in scorings} for _ in range(shape.num_layers)
     ]
@@ -278,17 +292,22 @@ def prepare(
             logprobs.append(run.logprobs[row])
         for layer, recorded in enumerate(run.layers):
             assert recorded.past is not None and recorded.last is not None
-            for bank, name, past, new in (
-                (keys[layer], "key", recorded.past[1], recorded.last[1]),
-                (values[layer], "value", recorded.past[2], recorded.last[2]),
+            for name, past, new in (
+                ("key", recorded.past[1], recorded.last[1]),
+                ("value", recorded.past[2], recorded.last[2]),
             ):
                 pieces = [past[0], *(new[row, :, : run.num_prompt_tokens(row) - num_context] for row in kept)]
-                stored = to_storage(storage_dtype, layer, name, torch.cat(pieces, 1))
-                bank.append(stored.transpose(0, 1).contiguous())
+                stored = to_storage(storage_dtype, layer, name, torch.cat(pieces, 1)).transpose(0, 1)
+                if (layer, name) not in banks:
+                    sizes = (room, *stored.shape[1:])
+                    banks[layer, name] = allocate(f"{layer}.{name}s", sizes, stored.dtype, stored.device)
+                banks[layer, name][base:num_stored] = stored
+            home = banks[layer, "key"].device
             for row in kept:
                 for scoring in scorings:
                     observation = observe(scoring, run.prefill(layer, row, scoring))
-                    observed[layer][scoring].append((observation.importance[0], observation.query_stats[0]))
+                    seen = observation.importance[0].to(home), observation.query_stats[0].to(home)
+                    observed[layer][scoring].append(seen)
         progress()
     if not samples:
         raise InputError(
@@ -303,13 +322,13 @@ def prepare(
         num_unanswerable=unanswerable,
         layers=tuple(
             PreparedLayer(
-                torch.cat(keys[layer]),
-                torch.cat(values[layer]),
+                banks[layer, "key"],
+                banks[layer, "value"],
                 {scoring: _stack(observed[layer][scoring]) for scoring in scorings},
             )
             for layer in range(shape.num_layers)
         ),
-        token_rows=_left_pad(token_rows, 0).to(runs_on(model)),
+        token_rows=_left_pad(token_rows, 0),
         prompt_tokens=[len(rows) for rows in token_rows],
         inputs=[
             (*sample.prompt[-1 if split.regime == "aware" else 0 :], *sample.continuation[:-1]) for _, sample in samples

@@ -60,9 +60,10 @@ class Family:
 
 def refine(
     evaluator: Evaluator, family: Family, num_trials: int, objective: Objective, seed: int,
-    progress: Callable[[], None], *, sampler: str = "tpe", storage: str | None = None, name: str = "qpkv",
+    progress: Callable[[int], None], *, sampler: str = "tpe", storage: str | None = None, name: str = "qpkv",
 ) -> list[Found]:  # fmt: skip
-    """Run the trials; all that finished, best first. The first trial is the knapsack's allocation.
+    """Run the trials, `progress` being called with each one's number; all that finished, best first. The first trial
+    is the knapsack's allocation.
 
     storage: an RDB url, or a file for Optuna's journal; every process that names the same one joins the study `name`
     and stops when it has `num_trials` in all.
@@ -86,7 +87,7 @@ def refine(
         trial.suggest_int("key_step", -1, 1)
         trial.suggest_int("value_step", -1, 1)
         candidate = family.member(trial.params)
-        progress()
+        progress(trial.number)
         if candidate is None:
             raise optuna.TrialPruned
         part = evaluator.evaluate(space, candidate, evaluator.parts[:1]).mean(objective)

@@ -8,8 +8,7 @@ from qpkv_planner.allocation import DEFAULT_CONTEXT_TOKENS, PRESETS, Space, form
 from qpkv_planner.grid import make_setting
 from qpkv_runtime.errors import BudgetError, InputError
 from qpkv_runtime.methods import QUANTIZERS, SCORERS, SHARINGS
-from qpkv_runtime.models.aliases import KNOWN_MODELS
-from qpkv_runtime.models.shape import ModelShape
+from qpkv_runtime.models.aliases import KNOWN_MODELS, KnownModel
 from qpkv_runtime.plan import Decode, Heads, Plan, Scorer
 
 
@@ -32,7 +31,7 @@ def uniform_plan(
     Raises InputError for a setting that is not that, BudgetError where it cannot fit.
     """
     scorer, preset, format = _parse(setting)
-    shape = _shape(model)
+    shape = known(model).shape
     tokens = context_tokens or min(DEFAULT_CONTEXT_TOKENS, shape.max_context_tokens)
     if tokens > shape.max_context_tokens:
         raise InputError(f"the context length must be at most the model's {shape.max_context_tokens}, got {tokens}")
@@ -75,12 +74,11 @@ def _parse(setting: str) -> tuple[str, str, str]:
     return scorer, preset, format_name(quantizer, keys, values)
 
 
-def _shape(model: str) -> ModelShape:
+def known(model: str) -> KnownModel:
+    """What is known of an alias, or of a directory or hub model by its config.json; reads no weights."""
     if model in KNOWN_MODELS:
-        return KNOWN_MODELS[model].shape
-    from transformers import AutoConfig
+        return KNOWN_MODELS[model]
+    from qpkv_runtime.models import known_model
+    from qpkv_runtime.models.load import load_config
 
-    from qpkv_runtime.models import model_shape
-    from qpkv_runtime.models.resolve import resolve
-
-    return model_shape(AutoConfig.from_pretrained(resolve(model).path_or_id))
+    return known_model(load_config(model))

@@ -14,6 +14,7 @@ Not here: chunked prefill (a chunk after the first is appended, like generated t
 from __future__ import annotations
 
 import warnings
+from collections.abc import Sequence
 from functools import partial
 from inspect import signature
 from typing import Any, NoReturn, cast
@@ -253,6 +254,19 @@ class PlannedCache(Cache):
             raise CacheError(f"the model runs {model.config._attn_implementation} attention; {HOW_TO_LOAD}")
         needs_parts = Scoring.of(plan.scorer, plan.sinks, plan.window).needs_parts
         return cls(plan, layer_devices(model), layer_parts(model) if needs_parts else None)
+
+    @classmethod
+    def stacked(cls, caches: Sequence[PlannedCache]) -> PlannedCache:
+        """One batch of prompts that were prefilled each in its own cache of one plan, so that only one prompt's prefill
+        is alive at a time. Goes on like a batch padded on the left. Raises CacheError where something was appended."""
+        if any(cast(PlannedLayer, layer).num_appended for cache in caches for layer in cache.layers):
+            raise CacheError("caches are stacked right after their prefill, and one has appended tokens")
+        out = cls(caches[0].plan, caches[0].rows.layer_devices)
+        for index, layer in enumerate(cast("list[PlannedLayer]", out.layers)):
+            parts = [cast(PlannedLayer, cache.layers[index]) for cache in caches]
+            blocks = torch.cat([part.packed().block for part in parts])
+            layer.load(blocks, [tokens for part in parts for tokens in part.prompt_tokens])
+        return out
 
     @property
     def arena(self) -> Arena | None:

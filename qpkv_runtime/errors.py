@@ -55,18 +55,37 @@ class BackendError(QpkvError):
     """The kernels cannot run here, or do not cover this format or shape; the reference backend does."""
 
 
+def is_out_of_memory(error: Exception) -> bool:
+    """Whether Python, CUDA (torch.OutOfMemoryError) or torch's CPU allocator ran out of memory."""
+    return (
+        isinstance(error, MemoryError)
+        or type(error).__name__ == "OutOfMemoryError"
+        or "DefaultCPUAllocator: " in str(error)
+    )
+
+
 def run_command(program: str, main: Callable[[], int]) -> int:
     """Run a command's `main` and return the process's exit status.
 
-    main's own status, or 2 after a QpkvError (one line on stderr that begins with `program`), 130 when interrupted,
-    141 when the reader of stdout went away (quietly; stdout then points at the null device, or the interpreter would
-    complain while closing it). Any other exception passes through.
+    main's own status; 2 after a QpkvError or where memory ran out (one line on stderr that begins with `program`); 130
+    when interrupted; 141 when the reader of stdout went away (quietly; stdout then points at the null device, or the
+    interpreter would complain while closing it). Any other exception passes through.
     """
     try:
         status = main()
         sys.stdout.flush()
     except QpkvError as error:
         print(f"{program}: error: {' '.join(str(error).split())}", file=sys.stderr)
+        return EXIT_USAGE
+    except (MemoryError, RuntimeError) as error:
+        if not is_out_of_memory(error):
+            raise
+        what = " ".join(str(error).split())[:120] or "no memory left"
+        print(
+            f"{program}: error: out of memory ({what}): lower the context, prompt or batch, load in 16 bit "
+            "(--dtype bfloat16), or spread the model with --device-map auto",
+            file=sys.stderr,
+        )
         return EXIT_USAGE
     except KeyboardInterrupt:
         return EXIT_INTERRUPTED

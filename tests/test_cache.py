@@ -310,3 +310,22 @@ def test_without_a_cache_qpkv_attention_is_ordinary_attention(family):
         model.set_attn_implementation("eager")
         theirs = model(ids, attention_mask=mask, use_cache=False).logits
     assert torch.allclose(ours[mask.bool()], theirs[mask.bool()], atol=2e-3)
+
+
+@torch.no_grad()
+def test_prompts_prefilled_alone_and_stacked_go_on_as_each_alone() -> None:
+    model = make_model("llama")
+    plan = random_plan(model, 3)
+    alone = []
+    for row, tokens in enumerate((60, 70)):
+        alone.append(PlannedCache.from_plan(plan, model))
+        model(prompts(1, tokens, seed=row), past_key_values=alone[-1])
+    together = PlannedCache.stacked(alone)
+    fed = torch.tensor([[5], [9]])
+    positions = torch.tensor([[60], [70]])
+    batch = model(fed, position_ids=positions, past_key_values=together).logits
+    for row, cache in enumerate(alone):
+        own = model(fed[row : row + 1], position_ids=positions[row : row + 1], past_key_values=cache).logits
+        torch.testing.assert_close(batch[row : row + 1], own, rtol=1e-4, atol=1e-4)
+    with pytest.raises(CacheError, match="right after their prefill"):
+        PlannedCache.stacked(alone)

@@ -535,6 +535,18 @@ def test_a_users_error_is_one_line_and_status_2(capsys: pytest.CaptureFixture[st
     assert capsys.readouterr() == ("", "qpkv-plan: error: too small; ask for more\n")
 
 
+@pytest.mark.parametrize("error", [MemoryError(), torch.OutOfMemoryError("CUDA out of memory. Tried")])
+def test_running_out_of_memory_is_one_line_that_says_what_to_lower(
+    error: Exception, capsys: pytest.CaptureFixture[str]
+) -> None:
+    def main() -> int:
+        raise error
+
+    assert run_command("qpkv-plan", main) == 2
+    assert run_command("qpkv-plan", lambda: torch.empty(2**60).ndim) == 2  # torch's own words
+    assert capsys.readouterr().err.count("lower the context, prompt or batch") == 2
+
+
 def test_an_interrupt_is_quiet_and_status_130(capsys: pytest.CaptureFixture[str]) -> None:
     assert run_command("qpkv-plan", lambda: fail_with(KeyboardInterrupt())) == 130
     assert capsys.readouterr() == ("", "")

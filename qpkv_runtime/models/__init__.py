@@ -13,7 +13,7 @@ from qpkv_runtime.models.aliases import KNOWN_MODELS, KnownModel
 from qpkv_runtime.models.shape import ModelShape
 
 if TYPE_CHECKING:
-    from qpkv_runtime.models.identity import ModelIdentity, model_identity, model_shape
+    from qpkv_runtime.models.identity import ModelIdentity, known_model, model_identity, model_shape
     from qpkv_runtime.models.load import choose_dtype, hub_commit, load_model, load_tokenizer
 
 __all__ = [
@@ -23,6 +23,7 @@ __all__ = [
     "ModelShape",
     "choose_dtype",
     "hub_commit",
+    "known_model",
     "load_model",
     "load_tokenizer",
     "model_identity",
@@ -31,6 +32,7 @@ __all__ = [
 
 _ON_FIRST_USE = {
     "ModelIdentity": "identity",
+    "known_model": "identity",
     "model_identity": "identity",
     "model_shape": "identity",
     "choose_dtype": "load",

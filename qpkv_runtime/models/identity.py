@@ -17,6 +17,7 @@ from torch import nn
 from transformers import PreTrainedConfig, PreTrainedModel, PreTrainedTokenizerBase
 
 from qpkv_runtime.errors import UnsupportedModelError
+from qpkv_runtime.models.aliases import KnownModel
 from qpkv_runtime.models.shape import ModelShape
 
 _SLIDES_NOWHERE = ("llama", "gemma")
@@ -50,13 +51,22 @@ def model_shape(model: PreTrainedModel | PreTrainedConfig) -> ModelShape:
         raise UnsupportedModelError(f"a decoder attends to the past only, and this {family} looks both ways")
     return ModelShape(
         model_type=family,
-        num_layers=config.num_hidden_layers,
-        num_query_heads=config.num_attention_heads,
-        num_kv_heads=config.num_key_value_heads,
+        num_layers=_whole(config, "num_hidden_layers"),
+        num_query_heads=_whole(config, "num_attention_heads"),
+        num_kv_heads=_whole(config, "num_key_value_heads"),
         head_size=getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads,
         max_context_tokens=config.max_position_embeddings,
         sliding_windows=_sliding_windows(config),
     )
+
+
+def known_model(model: PreTrainedModel | PreTrainedConfig) -> KnownModel:
+    """What `aliases` says of a model, from any (text) config. Raises UnsupportedModelError as `model_shape`."""
+    config = _text_config(model if isinstance(model, PreTrainedConfig) else model.config)
+    return KnownModel(
+        None, model_shape(config), config.hidden_size, config.intermediate_size, config.vocab_size,
+        bool(config.tie_word_embeddings),
+    )  # fmt: skip
 
 
 def model_identity(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase) -> ModelIdentity:
@@ -69,6 +79,15 @@ def model_identity(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase) -
 
 def _text_config(config: PreTrainedConfig) -> PreTrainedConfig:
     return config.get_text_config(decoder=True)
+
+
+def _whole(config: PreTrainedConfig, name: str) -> int:
+    value = getattr(config, name, None)
+    if not isinstance(value, int):
+        raise UnsupportedModelError(
+            f"every layer must have the same key-value heads: {name} must be one whole number, got {value!r}"
+        )
+    return value
 
 
 def _sliding_windows(config: PreTrainedConfig) -> tuple[int | None, ...]:

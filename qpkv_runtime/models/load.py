@@ -10,7 +10,14 @@ from typing import Any
 
 import torch
 from huggingface_hub import try_to_load_from_cache
-from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
+from transformers import (
+    AutoConfig,
+    AutoModelForCausalLM,
+    AutoTokenizer,
+    PreTrainedConfig,
+    PreTrainedModel,
+    PreTrainedTokenizerBase,
+)
 
 from qpkv_runtime.errors import InputError, ModelNotFoundError, UnsupportedModelError
 from qpkv_runtime.models.identity import model_shape
@@ -44,9 +51,7 @@ def load_model(
     """
     import qpkv_runtime.attention  # noqa: F401  (registers the attention function "qpkv")
 
-    place = _device(device)
-    if dtype != "auto" and dtype not in DTYPES:
-        raise InputError(f"dtype must be one of auto, {', '.join(DTYPES)}, got {dtype!r}")
+    place, _ = place_and_dtype(device, dtype)
     source = resolve(name)
     common = {"revision": _revision(source, revision), "trust_remote_code": trust_remote_code}
     config = _from_pretrained(AutoConfig, source, **common)
@@ -79,6 +84,20 @@ def load_tokenizer(
         AutoTokenizer, source, revision=_revision(source, revision), trust_remote_code=trust_remote_code
     )
     return tokenizer
+
+
+def place_and_dtype(device: str = "auto", dtype: str = "auto") -> tuple[torch.device, torch.dtype]:
+    """Where and in which number type a model would load that does not say its own. Raises InputError."""
+    place = _device(device)
+    if dtype != "auto" and dtype not in DTYPES:
+        raise InputError(f"dtype must be one of auto, {', '.join(DTYPES)}, got {dtype!r}")
+    return place, choose_dtype(place) if dtype == "auto" else DTYPES[dtype]
+
+
+def load_config(name: str) -> PreTrainedConfig:
+    """The config of the model `name`; errors as of `load_model`."""
+    config: PreTrainedConfig = _from_pretrained(AutoConfig, resolve(name), trust_remote_code=False)
+    return config
 
 
 def _revision(source: ModelSource, revision: str | None) -> str:
