@@ -485,6 +485,11 @@ class _Search:
             self._stages(self.session.evaluator("search", self.scorings))
         except (KeyboardInterrupt, OutOfTime) as stop:
             if self.best_uniform is None or not self.candidates:
+                if isinstance(stop, OutOfTime):
+                    raise InputError(
+                        f"{self.options.timeout_seconds:g} seconds must be enough to measure the uniform settings, and are "
+                        "not: raise --timeout, or add --quick"
+                    ) from None
                 raise
             self.session.stopped = "timeout" if isinstance(stop, OutOfTime) else "interrupted"
             if self.session.stopped == "interrupted":
