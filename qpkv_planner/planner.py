@@ -487,8 +487,8 @@ class _Search:
             if self.best_uniform is None or not self.candidates:
                 if isinstance(stop, OutOfTime):
                     raise InputError(
-                        f"{self.options.timeout_seconds:g} seconds must be enough to measure the uniform settings, and are "
-                        "not: raise --timeout, or add --quick"
+                        f"{self.options.timeout_seconds:g} seconds must be enough to measure the uniform settings, "
+                        "and are not: raise --timeout, or add --quick"
                     ) from None
                 raise
             self.session.stopped = "timeout" if isinstance(stop, OutOfTime) else "interrupted"
