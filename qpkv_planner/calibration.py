@@ -383,9 +383,13 @@ def _user_splits(
     windows. Samples of one prompt share a context; contexts go to search or validation as wholes."""
     assert data.file is not None
     try:
-        text = data.file.read_text(encoding="utf-8")
-    except (OSError, UnicodeDecodeError) as error:
-        raise InputError(f"cannot read {data.file}: {getattr(error, 'strerror', None) or 'not UTF-8'}") from None
+        content = data.file.read_bytes()
+        text = content.decode()
+    except OSError as error:
+        raise InputError(f"cannot read {data.file}: {error.strerror}") from None
+    except UnicodeDecodeError as error:
+        line = content.count(b"\n", 0, error.start) + 1
+        raise InputError(f"{data.file}:{line} must be UTF-8 text, got byte {content[error.start]:#x}") from None
     if data.file.suffix in (".jsonl", ".json"):
         contexts = _from_lines(tokenizer, data.file, text, context_tokens)
     else:

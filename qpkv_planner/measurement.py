@@ -210,15 +210,33 @@ class Evaluator:
     # --- what they are made of ---
 
     def forward(self, cache: PlannedCache, rows: list[int], watch: Watch | None = None) -> Tensor:
-        """The inputs of these samples over their compressed prompts, all in one row -> [1, inputs, hidden]."""
+        """The inputs of these samples over their compressed prompts, all in one row -> [1, inputs, hidden].
+
+        Raises NumericsError, naming the first layer and the plan, where that is not finite.
+        """
         inputs, device = [self.prepared.inputs[row] for row in rows], runs_on(self.model)
         ids = torch.tensor([[token for sample in inputs for token in sample]], device=device)
         starts = [self.prepared.prompt_tokens[row] for row in rows]
         positions = torch.cat([start + torch.arange(len(sample)) for start, sample in zip(starts, inputs, strict=True)])
         batch = one_row(cache, [len(sample) for sample in inputs], watch)
-        hidden: Tensor = self._decoder(
-            ids, position_ids=positions[None].to(device), past_key_values=batch
-        ).last_hidden_state
+        is_finite: list[Tensor] = []
+
+        def look(module: nn.Module, given: Any, out: Any) -> None:
+            is_finite.append((out[0] if isinstance(out, tuple) else out).isfinite().all())
+
+        hooks = [layer.register_forward_hook(look) for layer in self._decoder.layers]
+        try:
+            hidden: Tensor = self._decoder(
+                ids, position_ids=positions[None].to(device), past_key_values=batch
+            ).last_hidden_state
+        except NumericsError as error:  # what a layer was given could not be appended
+            fault = str(error) if all(is_finite) else ""
+            raise NumericsError(_first_fault([bool(one) for one in is_finite], cache.plan, fault)) from None
+        finally:
+            for hook in hooks:
+                hook.remove()
+        if not bool(hidden.isfinite().all()):
+            raise NumericsError(_first_fault([bool(one) for one in is_finite], cache.plan))
         return hidden
 
     def rows(self, parts: Sequence[int]) -> list[int]:
@@ -294,7 +312,7 @@ class Evaluator:
         prepared = self.prepared
         normalizer = logits.logsumexp(-1)
         if not bool(normalizer.isfinite().all()):
-            raise NumericsError("the model's output under a plan must be finite, got NaN or Inf")
+            raise NumericsError("the logits must be finite, got NaN or Inf from the output head: every layer's are")
         targets = torch.tensor([token for row in rows for token in prepared.targets[row]], device=logits.device)
         ce = normalizer - logits.gather(1, targets[:, None])[:, 0]
         starts = np.concatenate([[0], np.cumsum([len(target) for target in prepared.targets])])
@@ -323,6 +341,18 @@ def _values(losses: Mapping[str, Tensor]) -> dict[str, list[float]]:
 def _row_key(rows: list[int]) -> tuple[int, int, int]:
     """What the journal calls the samples of some parts: first, last + 1, how many."""
     return rows[0], rows[-1] + 1, len(rows)
+
+
+def _first_fault(is_finite: list[bool], plan: Plan, fault: str = "") -> str:
+    """is_finite: of each layer's output, none of a later stage's; fault: what went wrong where they all are."""
+    if all(is_finite):
+        return f"{fault or 'the final norm must give finite numbers, got NaN or Inf'} (under plan {plan.policy_hash})"
+    layer = is_finite.index(False)
+    tiers = " + ".join(f"{tier.tokens} tokens in {tier.format}" for tier in plan.layers[layer].tiers)
+    return (
+        f"layer {layer} must give finite numbers, got NaN or Inf under plan {plan.policy_hash} ({plan.scorer.name}; "
+        f"this layer {tiers}): load the model in float32 or bfloat16"
+    )
 
 
 def _runs(rows: list[int]) -> Iterator[tuple[int, int]]:

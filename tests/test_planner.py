@@ -15,7 +15,7 @@ from small_search import SMALL, Command
 import qpkv_planner
 from qpkv_planner import cli, planner
 from qpkv_planner.allocation import Choice, Space, allocation_of, uniform
-from qpkv_planner.calibration import CONTINUATION_TOKENS, FACTS, WORDS, make_split
+from qpkv_planner.calibration import CONTINUATION_TOKENS, FACTS, WORDS, Data, make_split, make_splits
 from qpkv_planner.grid import make_setting
 from qpkv_planner.heads import measure_heads
 from qpkv_planner.knapsack import _solve
@@ -260,6 +260,23 @@ def test_nan_in_the_model_ends_the_measurement(search_split):
         model.get_decoder().norm.weight[0] = float("nan")
     with pytest.raises(NumericsError, match=r"its loss on a .* sample is NaN"):
         prepare(model, model_shape(model), "float16", search_split, [], 3, lambda: None)
+
+
+def test_nan_under_a_plan_names_the_layer_and_the_plan(space, search_split, prepared):
+    model, _ = load_model("tiny", dtype="float32")
+    with torch.no_grad():
+        model.get_decoder().layers[5].mlp.down_proj.weight[0] = float("nan")
+    allocation = uniform(space, "rotated-k4v4")
+    plan = space.probe(allocation)
+    line = rf"layer 5 must give finite .* {plan.policy_hash} \(snapkv; this layer \d+ tokens in rotated-k4v4\)"
+    with pytest.raises(NumericsError, match=line):
+        Evaluator(model, prepared).evaluate(space, allocation)
+
+
+def test_a_calibration_file_that_is_no_text_names_the_line(tmp_path):
+    (tmp_path / "notes.txt").write_bytes(b"one\ntwo\nthree \xff\n")
+    with pytest.raises(InputError, match=r"notes.txt:3 must be UTF-8 text, got byte 0xff"):
+        make_splits(load_tokenizer("tiny"), {"search": 1}, 256, 0, Data(file=tmp_path / "notes.txt"))
 
 
 @pytest.mark.parametrize(("projection", "tensor"), [("k_proj", "key"), ("v_proj", "value")])
