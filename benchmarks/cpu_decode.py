@@ -1,7 +1,7 @@
 """Decode attention on a CPU: a token over the packed cache (the reference path) against SDPA over the full cache.
 
-    python benchmarks/cpu_decode.py                    (about ten minutes and 4 GB)
-    python benchmarks/cpu_decode.py --quick            (small, to see that it runs)
+    python -m benchmarks.cpu_decode                    (about ten minutes and 4 GB)
+    python -m benchmarks.cpu_decode --quick            (small, to see that it runs)
 
 A step is one new token through every layer's `PackedLayer.attend` (encode, read, attend, append), or through every
 layer's `scaled_dot_product_attention` over a dense cache, which does not even append. Each layer has its own cache, so
@@ -14,10 +14,7 @@ hardly moved by what else the machine does) and how many times faster than the f
 from __future__ import annotations
 
 import argparse
-import csv
-import platform
 import statistics
-import subprocess
 import sys
 import time
 from collections.abc import Callable
@@ -27,6 +24,7 @@ from pathlib import Path
 import torch
 import torch.nn.functional as F
 
+from benchmarks.where import RESULTS, where, write_rows
 from qpkv_planner.allocation import Space, model_section
 from qpkv_planner.grid import make_setting
 from qpkv_runtime.compression import gather, keep, write_block
@@ -37,7 +35,6 @@ from qpkv_runtime.overview import table
 from qpkv_runtime.packed import PackedLayer
 from qpkv_runtime.plan import Decode, Heads, Plan, Scorer
 
-RESULTS = Path(__file__).parent / "results"
 SETTINGS = [
     (budget, format, share)
     for budget in ("1/16", "1/64")
@@ -122,30 +119,20 @@ def main() -> int:
     parser.add_argument("--repeats", type=int, default=15)
     parser.add_argument("--threads", type=int, default=1)
     parser.add_argument("--quick", action="store_true")
-    parser.add_argument("--hardware", default=platform.processor() or platform.machine(), help="what the rows say")
     parser.add_argument("--output", type=Path, default=RESULTS / "cpu_decode.csv")
     arguments = parser.parse_args()
     if arguments.quick:
         arguments.models, arguments.context_lengths, arguments.repeats = ["smollm2"], [2048], 3
     torch.set_num_threads(arguments.threads)
     rows: list[dict[str, str]] = []
-    where = {
-        "hardware": arguments.hardware,
-        "threads": str(arguments.threads),
-        "torch": torch.__version__,
-        "commit": _commit(),
-    }
-    arguments.output.parent.mkdir(parents=True, exist_ok=True)
+    about = where()
     for context in arguments.context_lengths:
         for model in arguments.models:
             with torch.inference_mode():
                 rows += measure(model, context, arguments.repeats)
-            with arguments.output.open("w", newline="") as file:
-                writer = csv.DictWriter(file, fieldnames=[*rows[0], *where])
-                writer.writeheader()
-                writer.writerows({**row, **where} for row in rows)
+            write_rows(arguments.output, [{**row, **about} for row in rows])
     print("\n".join(table([list(rows[0]), *(list(row.values()) for row in rows)], left={0, 2, 3, 4})))
-    print(f"\n{arguments.output}: " + ", ".join(f"{key} {value}" for key, value in where.items()))
+    print(f"\n{arguments.output}: " + ", ".join(f"{key} {value}" for key, value in about.items()))
     return 0
 
 
@@ -178,11 +165,6 @@ def measure(model: str, context_tokens: int, repeats: int) -> list[dict[str, str
         )  # fmt: skip
         print(f"{model} {context_tokens} {name}: {p50:.2f} ms", file=sys.stderr, flush=True)
     return rows
-
-
-def _commit() -> str:
-    done = subprocess.run(["git", "describe", "--always", "--dirty"], capture_output=True, text=True, check=False)
-    return done.stdout.strip() or "unknown"
 
 
 if __name__ == "__main__":

@@ -1,7 +1,7 @@
 """What bits cost: every quantizer at the same kept tokens, and MiKV's two tiers against eviction at the same bytes.
 
-    python benchmarks/precisions.py bits --model smollm2      (cross-entropy and KL by kind; held-out samples)
-    python benchmarks/precisions.py ladder --model tiny       (key-value lines; asked in the prompt, or only later)
+    python -m benchmarks.precisions bits --model smollm2      (cross-entropy and KL by kind; held-out samples)
+    python -m benchmarks.precisions ladder --model tiny       (key-value lines; asked in the prompt, or only later)
 
 `bits` keeps 256 of 1,024 tokens in every layer and writes them in each format; generated tokens are 16 bit, so that
 nothing else differs. `ladder` gives every setting the same exact bytes: the important tokens at 16 bit and all others
@@ -13,10 +13,7 @@ benchmarks/results/<command>_<model>.csv with hardware and commit.
 from __future__ import annotations
 
 import argparse
-import csv
-import platform
 import random
-import subprocess
 import sys
 import time
 from collections.abc import Sequence
@@ -25,6 +22,7 @@ from pathlib import Path
 import torch
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
+from benchmarks.where import RESULTS, where, write_rows
 from qpkv_planner.allocation import Choice, Space, uniform
 from qpkv_planner.calibration import make_split
 from qpkv_planner.measurement import Evaluator, interval
@@ -36,7 +34,6 @@ from qpkv_runtime.models import load_model
 from qpkv_runtime.overview import table
 from qpkv_runtime.plan import Decode, Model, Scorer
 
-RESULTS = Path(__file__).parent / "results"
 KINDS = ("number", "word", "place", "text")
 LOW_BIT = ("flexgen", "kivi", "kvquant", "hqq", "mikv", "rotated", "paper_hqq")
 KEPT_TOKENS = 256
@@ -78,27 +75,21 @@ def main() -> int:
     parser.add_argument("--formats", nargs="+", help="bits: only these")
     parser.add_argument("--output", type=Path)
     arguments = parser.parse_args()
-    started, commit = time.monotonic(), _commit()
+    started, here = time.monotonic(), where()
     model, tokenizer = load_model(arguments.model)
     measure = bits if arguments.command == "bits" else ladder
     rows = measure(model, tokenizer, arguments)
-    where = {
+    about = {
         "model": arguments.model,
         "context_tokens": str(arguments.context_length),
         "contexts": str(arguments.contexts),
-        "cpu": platform.processor() or platform.machine(),
-        "threads": str(torch.get_num_threads()),
-        "torch": torch.__version__,
-        "commit": commit,
+        **here,
         "seconds": f"{time.monotonic() - started:.0f}",
     }
     path = arguments.output or RESULTS / f"{arguments.command}_{arguments.model}.csv"
-    with path.open("w", newline="") as file:
-        writer = csv.DictWriter(file, fieldnames=[*rows[0], *where])
-        writer.writeheader()
-        writer.writerows({**row, **where} for row in rows)
+    write_rows(path, [{**row, **about} for row in rows])
     print("\n".join(table([list(rows[0]), *(list(row.values()) for row in rows)], left={0, 1})))
-    print(f"\n{path}: " + ", ".join(f"{key} {value}" for key, value in where.items()))
+    print(f"\n{path}: " + ", ".join(f"{key} {value}" for key, value in about.items()))
     return 0
 
 
@@ -270,11 +261,6 @@ def _ladder_row(
         "standard_error": f"{(nats.std() / len(nats) ** 0.5).item():.3f}",
         "exact": f"{sum(exact) / len(exact):.3f}",
     }
-
-
-def _commit() -> str:
-    done = subprocess.run(["git", "describe", "--always", "--dirty"], capture_output=True, text=True, check=False)
-    return done.stdout.strip() or "unknown"
 
 
 if __name__ == "__main__":
