@@ -58,7 +58,7 @@ class ConfidenceEvaluator(Evaluator):
         super().__post_init__()
         self.seen: list[tuple[float, bool]] = []
 
-    def _losses_of(self, logits: torch.Tensor, rows: list[int]) -> Losses:
+    def sample_losses_of(self, logits: torch.Tensor, rows: list[int]) -> dict[str, torch.Tensor]:
         targets = torch.tensor([token for row in rows for token in self.prepared.targets[row]])
         is_answer = torch.tensor(
             [self.prepared.kinds[row] != "text" for row in rows for _ in self.prepared.targets[row]]
@@ -66,7 +66,7 @@ class ConfidenceEvaluator(Evaluator):
         confidence, best = logits.float().softmax(-1).max(-1)
         right = best == targets
         self.seen += list(zip(confidence[is_answer].tolist(), right[is_answer].tolist(), strict=True))
-        return super()._losses_of(logits, rows)
+        return super().sample_losses_of(logits, rows)
 
 
 @dataclass(frozen=True)

@@ -196,7 +196,7 @@ class Evaluator:
     def full(self) -> Losses:
         """The full cache's own losses."""
         rows = list(range(len(self.prepared)))
-        return self._of_rows(_values(self._sample_losses(self.prepared.full_logprobs, rows)), rows)
+        return self._of_rows(_values(self.sample_losses_of(self.prepared.full_logprobs, rows)), rows)
 
     def journalled(self) -> Iterator[tuple[Entry, Losses]]:
         """Every measurement of losses on this split that the journal holds, oldest first; one of a part of the samples
@@ -301,9 +301,9 @@ class Evaluator:
         softcap = getattr(self.model.config.get_text_config(decoder=True), "final_logit_softcapping", None)
         if softcap is not None:
             logits = torch.tanh(logits / softcap) * softcap
-        return self._sample_losses(logits, rows)
+        return self.sample_losses_of(logits, rows)
 
-    def _sample_losses(self, logits: Tensor, rows: list[int]) -> dict[str, Tensor]:
+    def sample_losses_of(self, logits: Tensor, rows: list[int]) -> dict[str, Tensor]:
         """logits: [sum of these rows' targets, V]. Raises NumericsError where they are not finite.
 
         KL(p || q) = sum p log p - sum p logits + log sum exp logits: one product with what the full cache gave, and no

@@ -379,7 +379,7 @@ def test_a_prompt_longer_than_the_plans_context_is_warned_of_in_one_line(qpkv_ru
 
 
 def test_a_plan_for_another_shape_is_refused(qpkv_run: Command, plan: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(models, "load_model", lambda *args: (make_model("llama"), tiny()[1]))
+    monkeypatch.setattr(models, "load_model", lambda *args, **settings: (make_model("llama"), tiny()[1]))
     ended = qpkv_run("--plan", plan, "--prompt", "x")
     assert ended.status == 2
     assert ended.out == ""
