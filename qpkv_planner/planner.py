@@ -229,9 +229,8 @@ def _session(
     if model.config._attn_implementation != NAME:
         raise UnsupportedModelError(f"planning needs qpkv attention: call model.set_attn_implementation('{NAME}')")
     progress = Progress(_estimated_steps(options.effort, model_shape(model).num_layers, num_budgets), quiet)
-    session = _Session(model, tokenizer, options, name, study, calibration_cache, progress)
+    session = _Session(model, tokenizer, options, name, study, calibration_cache, progress, num_budgets)
     try:
-        session.say_estimate(num_budgets)
         yield session
         if report is not None:
             try:
@@ -301,8 +300,9 @@ class _Session:
 
     def __init__(
         self, model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, options: Options, name: str | None,
-        study: Path | None, calibration_cache: Path | None, progress: Progress,
+        study: Path | None, calibration_cache: Path | None, progress: Progress, num_budgets: int,
     ) -> None:  # fmt: skip
+        self.num_budgets = num_budgets
         self.model, self.options, self.effort, self.progress = model, options, options.effort, progress
         self.stopped: Literal["interrupted", "timeout"] | None = None
         shape = model_shape(model)
@@ -349,10 +349,10 @@ class _Session:
         }
         return Journal(study / "journal.jsonl", header)
 
-    def say_estimate(self, num_budgets: int) -> None:
+    def say_estimate(self) -> None:
         """What is about to be done, and what it will take."""
         samples = {name: sum(len(one.samples) for one in split.contexts) for name, split in self.splits.items()}
-        expected = estimate(known_model(self.model), self.options, self.context_tokens, num_budgets, samples)
+        expected = estimate(known_model(self.model), self.options, self.context_tokens, self.num_budgets, samples)
         speed = operations_per_second(runs_on(self.model), self.model.dtype)
         self.progress.say(
             f"about {duration(expected.seconds(speed))} for {sum(expected.contexts.values())} prefills of "
@@ -392,6 +392,8 @@ class _Session:
         if lossless is not None:
             return lossless
         self.check_holds(budget)
+        if not self.plans:
+            self.say_estimate()
         space, grid = self._grid(shipped)
         self.progress.say(
             f"budget {budget} of {self.context_tokens} tokens: {shipped.limit_bytes:,} of {shipped.full_bytes:,} bytes"
