@@ -1,9 +1,8 @@
 """The decode kernels as operators that torch can trace: `torch.compile` sees one graph, without a look inside.
 
 An operator takes the arena and where a layer's block lies in it, not a view, so that writing to it needs no copy in a
-functionalized graph; the layout comes as text (`BlockLayout.text`), and the clips as
-JSON, since an operator takes no objects. What one would
-want to know of a failing launch, its shapes and layout, is noted on the error.
+functionalized graph; the layout comes as text (`BlockLayout.text`), and the clips as JSON, since an operator takes no
+objects. What one would want to know of a failing launch, its shapes and layout, is noted on the error.
 """
 
 from __future__ import annotations
