@@ -475,6 +475,7 @@ class Terminal:
         self.text = ""
         self.process, self.screen = pty.fork()
         if self.process == 0:
+            signal.signal(signal.SIGINT, signal.SIG_DFL)  # tests run in the background inherit that it is ignored
             code = "import sys; from qpkv_runtime.cli import run; sys.exit(run())"
             os.execve(sys.executable, [sys.executable, "-c", code, *map(str, argv)], ENVIRONMENT)
 
