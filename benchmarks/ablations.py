@@ -141,16 +141,14 @@ def _variants(search: Evaluator, space: Space, rounds: int) -> Iterator[Variant]
     def refined(
         name: str, start: Setting, begin: Allocation, wishes: Wishes | None = None, objective: Objective = "kl"
     ) -> Variant:
-        quantizer = format_named(start.format).keys.quantizer
-        floor = min(choice.tokens for choice in start.allocation) // LEAST_SHARE
+        quantizer, floor = format_named(start.format).keys.quantizer, _floor(start)
         found, *_ = improve(
             search, start.space, begin, quantizer, rounds, objective, floor, _nothing, wishes=wishes
         )  # fmt: skip
         return Variant(name, start.space, found)
 
-    floor = min(choice.tokens for choice in start.allocation) // LEAST_SHARE
     roomier = roomy(start.space, start.format, THOROUGH.times_budget)
-    eliminated, _ = eliminate(search, start.space, roomier, "kl", floor, _nothing)
+    eliminated, _ = eliminate(search, start.space, roomier, "kl", _floor(start), _nothing)
     yield Variant("elimination alone", start.space, eliminated)
     yield refined("elimination and knapsack", start, eliminated)
     yield refined("knapsack alone", start, start.allocation)
@@ -163,6 +161,11 @@ def _variants(search: Evaluator, space: Space, rounds: int) -> Iterator[Variant]
     shared = best([replace(start.space, heads=Heads.model_validate({"share": "adaptive"}))])
     yield Variant("uniform, adaptive heads", shared.space, shared.allocation)
     yield refined("knapsack, adaptive heads", shared, shared.allocation)
+
+
+def _floor(start: Setting) -> int:
+    """The least tokens that a layer may have, as in the planner."""
+    return min(choice.tokens for choice in start.allocation) // LEAST_SHARE
 
 
 def _ladder(space: Space, eight: float, four: float) -> Allocation | None:

@@ -12,13 +12,13 @@ from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from typing import Any
 
+from qpkv_planner.calibration import CONTINUATION_TOKENS
 from qpkv_planner.fit import FLOAT32_BYTES
 from qpkv_runtime.ledger import full_bytes
 from qpkv_runtime.models.aliases import KnownModel
 
 SHARE_OF_SPEED = 0.7
 STEP_SHARE = 1 / 10
-TARGET_TOKENS = 6  # of a sample, at most
 
 
 @dataclass(frozen=True)
@@ -68,7 +68,7 @@ def prefills_bytes(
     token of every sample under each scoring, and the full cache's probabilities twice (logarithms too)."""
     shape = replace(model.shape, sliding_windows=(None,) * model.shape.num_layers)  # prefills keep what slides out too
     importance = FLOAT32_BYTES * shape.num_layers * shape.num_kv_heads * context_tokens * num_samples * num_scorings
-    probabilities = 2 * FLOAT32_BYTES * num_samples * TARGET_TOKENS * model.vocab_size
+    probabilities = 2 * FLOAT32_BYTES * num_samples * CONTINUATION_TOKENS * model.vocab_size
     return full_bytes(shape, num_contexts * context_tokens) + importance + probabilities
 
 

@@ -3,8 +3,8 @@
 At the current allocation each layer's loss is predicted (`linearization.py`) with more and with fewer tokens (by a
 factor, the radius, its square and its root) and with a step of key bits and of value bits. The changes that sum to the
 lowest loss within the budget are a multiple-choice knapsack, solved exactly (`scipy.optimize.milp`). The sum is only a
-prediction: the step is taken if the true loss falls, else the radius is halved. Sensitivities at the full cache
-mislead, since other layers make up for the one that is cut; these are taken where they are used.
+prediction: the step is taken if the true loss falls, else the radius becomes its square root. Sensitivities at the full
+cache mislead, since other layers make up for the one that is cut; these are taken where they are used.
 """
 
 from __future__ import annotations

@@ -9,6 +9,7 @@ from dataclasses import replace
 from html.parser import HTMLParser
 
 import pytest
+import small_search
 
 from qpkv_planner import cli, planner
 from qpkv_planner import report as reports
@@ -20,16 +21,9 @@ from qpkv_runtime.models import load_model
 figures = pytest.importorskip("qpkv_planner.figures")
 
 SMALL = replace(
-    planner.QUICK,
-    search_contexts=2,
-    validation_contexts=2,
-    num_parts=2,
-    formats=("rotated-k4v4", "rotated-k3v3"),
-    scorers=planner.QUICK.scorers[:1],
-    times_budget=1.5,
-    trials=3,
+    small_search.SMALL, search_contexts=2, validation_contexts=2, num_parts=2, rounds=planner.QUICK.rounds,
     additivity_plans=3,
-)
+)  # fmt: skip
 SETTINGS = {"name": "tiny", "quick": True, "quiet": True, "context_tokens": 320}
 
 
