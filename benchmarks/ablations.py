@@ -27,7 +27,9 @@ from qpkv_planner.grid import QUICK_FORMATS, Setting, make_setting
 from qpkv_planner.journal import Journal
 from qpkv_planner.knapsack import POWERS, Wishes, improve, next_bits
 from qpkv_planner.measurement import Evaluator, Objective, interval
-from qpkv_planner.planner import LEAST_SHARE, SCORERS, THOROUGH, describe
+from qpkv_planner.options import SCORERS, THOROUGH
+from qpkv_planner.session import describe
+from qpkv_planner.stages import LEAST_SHARE
 from qpkv_runtime.compression import Scoring
 from qpkv_runtime.models import load_model
 from qpkv_runtime.plan import Decode, Heads

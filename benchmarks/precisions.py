@@ -26,8 +26,8 @@ from benchmarks.where import RESULTS, where, write_rows
 from qpkv_planner.allocation import Choice, Space, uniform
 from qpkv_planner.calibration import make_split
 from qpkv_planner.measurement import Evaluator, interval
-from qpkv_planner.planner import describe
 from qpkv_planner.prefill import prepare
+from qpkv_planner.session import describe
 from qpkv_runtime.cache import PlannedCache
 from qpkv_runtime.compression import Scoring
 from qpkv_runtime.models import load_model

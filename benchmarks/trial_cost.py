@@ -26,8 +26,9 @@ from qpkv_planner.grid import make_setting
 from qpkv_planner.knapsack import FIRST_RADIUS, alternatives, tokens_and_bits
 from qpkv_planner.linearization import predicted_changes
 from qpkv_planner.measurement import Evaluator
-from qpkv_planner.planner import SCORERS, describe
+from qpkv_planner.options import SCORERS
 from qpkv_planner.prefill import prepare
+from qpkv_planner.session import describe
 from qpkv_runtime.cache import PlannedCache
 from qpkv_runtime.compression import Scoring
 from qpkv_runtime.models import load_model

@@ -27,7 +27,8 @@ from qpkv_planner.calibration import make_split
 from qpkv_planner.calibration_cache import load_or_prepare
 from qpkv_planner.grid import FORMATS, QUICK_FORMATS, make_grid, scorer_name, scorer_named, setting_named
 from qpkv_planner.measurement import Evaluator, Losses, interval
-from qpkv_planner.planner import SCORERS, describe
+from qpkv_planner.options import SCORERS
+from qpkv_planner.session import describe
 from qpkv_runtime.compression import Scoring
 from qpkv_runtime.models import load_model
 from qpkv_runtime.overview import table

@@ -352,7 +352,7 @@ def _dry_run(arguments: argparse.Namespace) -> str:
     import yaml
 
     from qpkv_planner.dry_run import outline
-    from qpkv_planner.planner import Options
+    from qpkv_planner.options import Options
     from qpkv_planner.uniform import known
     from qpkv_runtime.models.load import place_and_dtype
 

@@ -9,10 +9,11 @@ import torch
 
 from qpkv_planner.allocation import Space, model_section
 from qpkv_planner.calibration_cache import choose_places
+from qpkv_planner.estimate import estimate
 from qpkv_planner.fit import Fit, weights_bytes
 from qpkv_planner.grid import QUICK_FORMATS, with_format
 from qpkv_planner.machine import operations_per_second
-from qpkv_planner.planner import Options, check_lengths, estimate
+from qpkv_planner.options import Options, check_lengths
 from qpkv_runtime.models.aliases import KnownModel
 from qpkv_runtime.plan import Decode, Scorer
 

@@ -8,12 +8,15 @@ time left is better after the first stages.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from typing import Any
 
-from qpkv_planner.calibration import CONTINUATION_TOKENS
+from qpkv_planner.calibration import CONTINUATION_TOKENS, DOCUMENTS
 from qpkv_planner.fit import FLOAT32_BYTES
+from qpkv_planner.linearization import FORWARDS
+from qpkv_planner.options import Effort, Options
 from qpkv_runtime.ledger import full_bytes
 from qpkv_runtime.models.aliases import KnownModel
 
@@ -59,6 +62,31 @@ class Estimate:
                 for name, count in self.contexts.items()
             },
         }  # fmt: skip
+
+
+def estimate(
+    known: KnownModel, options: Options, context_tokens: int, num_budgets: int, samples: Mapping[str, int] | None = None
+) -> Estimate:
+    """What a search takes. samples: of each split, where they are made; else as many as the mix gives."""
+    effort = options.effort
+    contexts = {"search": effort.search_contexts, "validation": effort.validation_contexts}
+    in_context = 1 + sum(count for kind, count in options.data.mix if kind not in DOCUMENTS)
+    return Estimate(
+        model=known,
+        contexts=contexts,
+        samples=samples or {name: count * in_context for name, count in contexts.items()},
+        calibration_tokens=options.calibration_tokens or context_tokens,
+        num_scorings=len(effort.scorers) + 1,
+        steps=estimated_steps(effort, known.shape.num_layers, num_budgets) - sum(contexts.values()),
+    )
+
+
+def estimated_steps(effort: Effort, num_layers: int, num_budgets: int) -> int:
+    """Steps of progress: forwards of all samples; a context's prefill counts as one."""
+    contexts = effort.search_contexts + effort.validation_contexts
+    elimination = 5 * math.log2(effort.times_budget) * (1 + FORWARDS // effort.num_parts)
+    one_budget = len(effort.formats) + 9 + elimination + effort.rounds * (1 + FORWARDS) + effort.trials + 12
+    return int(contexts + num_budgets * (one_budget + effort.additivity_plans))
 
 
 def prefills_bytes(

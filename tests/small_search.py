@@ -13,16 +13,16 @@ from pathlib import Path
 
 import torch
 
-from qpkv_planner import cli, planner
+from qpkv_planner import cli, options
 from qpkv_planner.calibration import Data, parse_mix
-from qpkv_planner.planner import Effort
+from qpkv_planner.options import Effort
 
 SMALL = replace(
-    planner.QUICK,
+    options.QUICK,
     search_contexts=3,
     validation_contexts=3,
     formats=("rotated-k4v4", "rotated-k3v3"),
-    scorers=planner.QUICK.scorers[:1],
+    scorers=options.QUICK.scorers[:1],
     times_budget=1.5,
     rounds=1,
     trials=3,
@@ -66,7 +66,7 @@ class Command:
 def _run(out: Path, err: Path, effort: Effort, arguments: list[str]) -> None:
     torch.set_num_threads(1)
     signal.signal(signal.SIGINT, signal.default_int_handler)  # a test run in the background inherits that it is ignored
-    planner.QUICK = effort
+    options.QUICK = effort
     with out.open("w") as sys.stdout, err.open("w") as sys.stderr:
         status = cli.main(arguments)
     sys.stdout, sys.stderr = sys.__stdout__, sys.__stderr__

@@ -18,8 +18,8 @@ from tokenizers import normalizers
 from qpkv_planner import check
 from qpkv_planner.allocation import Space
 from qpkv_planner.calibration import make_split
-from qpkv_planner.planner import describe
 from qpkv_planner.regression import Checker, record_anew, recorded_split
+from qpkv_planner.session import describe
 from qpkv_runtime import quantizers
 from qpkv_runtime.models import load_model, load_tokenizer
 from qpkv_runtime.plan import Calibration, Comparison, Decode, Interval, Scorer, load_plan

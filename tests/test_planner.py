@@ -13,7 +13,7 @@ import torch
 from small_search import SMALL, Command
 
 import qpkv_planner
-from qpkv_planner import cli, planner
+from qpkv_planner import cli, options
 from qpkv_planner.allocation import Choice, Space, allocation_of, uniform
 from qpkv_planner.calibration import CONTINUATION_TOKENS, FACTS, WORDS, Data, make_split, make_splits
 from qpkv_planner.grid import make_setting
@@ -22,8 +22,8 @@ from qpkv_planner.knapsack import _solve
 from qpkv_planner.linearization import _gradients, predicted_changes
 from qpkv_planner.measurement import Evaluator, Losses, cautious_mean, interval
 from qpkv_planner.one_row import Attended
-from qpkv_planner.planner import describe
 from qpkv_planner.prefill import ANSWERABLE_NATS, ContextRun, prepare
+from qpkv_planner.session import describe
 from qpkv_planner.texts import SPLITS, references, speeches
 from qpkv_runtime.cache import PlannedCache, layer_parts
 from qpkv_runtime.compression import Scoring
@@ -329,7 +329,7 @@ def test_a_setting_that_cannot_hold_its_window_gets_a_smaller_one_by_name(space)
 @pytest.fixture(scope="module")
 def planned(tiny):
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(planner, "QUICK", SMALL)
+        patch.setattr(options, "QUICK", SMALL)
         return qpkv_planner.plan(*tiny, "1/16", name="tiny", context_tokens=TOKENS, quick=True, quiet=True)
 
 

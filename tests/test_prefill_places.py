@@ -6,11 +6,12 @@ import pytest
 import torch
 from small_search import FEW, SMALLEST
 
-from qpkv_planner import calibration_cache, planner
+from qpkv_planner import calibration_cache, options, planner
 from qpkv_planner.allocation import Space, uniform
 from qpkv_planner.calibration import BUILT_IN, make_splits
 from qpkv_planner.calibration_cache import choose_places, load_or_prepare
 from qpkv_planner.measurement import Evaluator
+from qpkv_planner.session import describe
 from qpkv_runtime.compression import Scoring
 from qpkv_runtime.models import load_model
 from qpkv_runtime.plan import Decode, Scorer
@@ -24,7 +25,7 @@ def tiny():
 
 
 def test_prefills_on_disk_give_the_plan_of_prefills_in_memory_byte_for_byte(tiny, capsys, monkeypatch):
-    monkeypatch.setattr(planner, "QUICK", SMALLEST)
+    monkeypatch.setattr(options, "QUICK", SMALLEST)
     settings = {"quick": True, "context_tokens": 320, "name": "tiny", "data": FEW}
     expected = planner.plan(*tiny, "1/8", **settings)
     found = planner.plan(*tiny, "1/8", prefill_memory=1, **settings)
@@ -35,7 +36,7 @@ def test_prefills_on_disk_give_the_plan_of_prefills_in_memory_byte_for_byte(tiny
 def test_losses_do_not_depend_on_where_prefills_live(tiny, tmp_path):
     model, tokenizer = tiny
     split = make_splits(tokenizer, {"search": 2}, 320, 0, BUILT_IN)["search"]
-    section = planner.describe(model, tokenizer, "tiny", split.contexts[0])
+    section = describe(model, tokenizer, "tiny", split.contexts[0])
     space = Space(section, "1/8", 320, SNAPKV, 4, 4, Decode(reserve_tokens=4, format="rotated-k4v4"))
     scorings = [Scoring.of(SNAPKV, 4, 4)]
 

@@ -11,7 +11,7 @@ from html.parser import HTMLParser
 import pytest
 import small_search
 
-from qpkv_planner import cli, planner
+from qpkv_planner import cli, options, planner
 from qpkv_planner import report as reports
 from qpkv_planner.report import Report, check_report, html, write_report
 from qpkv_runtime.errors import InputError
@@ -21,7 +21,7 @@ from qpkv_runtime.models import load_model
 figures = pytest.importorskip("qpkv_planner.figures")
 
 SMALL = replace(
-    small_search.SMALL, search_contexts=2, validation_contexts=2, num_parts=2, rounds=planner.QUICK.rounds,
+    small_search.SMALL, search_contexts=2, validation_contexts=2, num_parts=2, rounds=options.QUICK.rounds,
     additivity_plans=3,
 )  # fmt: skip
 SETTINGS = {"name": "tiny", "quick": True, "quiet": True, "context_tokens": 320}
@@ -42,7 +42,7 @@ def searched(tiny, tmp_path_factory):
         write_report(path, report)
 
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(planner, "QUICK", SMALL)
+        patch.setattr(options, "QUICK", SMALL)
         patch.setattr(planner, "write_report", write)
         plan = planner.plan(*tiny, "1/8", report=file, **SETTINGS)
     (report,) = kept

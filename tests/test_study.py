@@ -14,7 +14,7 @@ import optuna
 import pytest
 from small_search import FEW, MIX, SMALLEST, Command
 
-from qpkv_planner import cli, measurement, planner
+from qpkv_planner import cli, measurement, options, planner
 from qpkv_planner.calibration import Data, make_splits, parse_mix
 from qpkv_planner.journal import Journal
 from qpkv_runtime.errors import BudgetError, InputError
@@ -29,7 +29,7 @@ STAGES = ("prefill", "uniform grid", "elimination", "knapsack", "additivity", "s
 
 @pytest.fixture(autouse=True)
 def smallest(monkeypatch):
-    monkeypatch.setattr(planner, "QUICK", SMALLEST)
+    monkeypatch.setattr(options, "QUICK", SMALLEST)
 
 
 @pytest.fixture(scope="module")

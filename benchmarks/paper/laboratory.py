@@ -18,8 +18,8 @@ from qpkv_planner.calibration_cache import load_or_prepare
 from qpkv_planner.heads import measure_heads
 from qpkv_planner.journal import Journal
 from qpkv_planner.measurement import Evaluator, Losses, OutOfTime
-from qpkv_planner.planner import describe
 from qpkv_planner.progress import Progress
+from qpkv_planner.session import describe
 from qpkv_runtime.ledger import full_bytes
 from qpkv_runtime.models import load_model
 from qpkv_runtime.plan import Heads, Model

@@ -1,0 +1,90 @@
+"""How much a search does and everything it depends on besides the model and the budget."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, replace
+
+from qpkv_planner.allocation import DEFAULT_CONTEXT_TOKENS
+from qpkv_planner.calibration import BUILT_IN, Data
+from qpkv_planner.grid import FORMATS, QUICK_FORMATS
+from qpkv_planner.measurement import Objective
+from qpkv_runtime.errors import InputError
+from qpkv_runtime.models.shape import ModelShape
+from qpkv_runtime.plan import Scorer
+
+QUICK_CONTEXT_TOKENS = 1024
+
+SHORT = {"name": "snapkv", "queries": 16, "kernel": 9, "lead": 4, "pooling": "average"}
+LONG = {"name": "snapkv", "queries": 16, "kernel": 15, "lead": 7, "pooling": "average"}
+SCORERS = (Scorer.model_validate(SHORT), Scorer.model_validate(LONG))
+
+
+@dataclass(frozen=True)
+class Effort:
+    """How much a search does. times_budget: where elimination starts."""
+
+    search_contexts: int
+    validation_contexts: int
+    num_parts: int
+    formats: tuple[str, ...]
+    scorers: tuple[Scorer, ...]
+    times_budget: float
+    rounds: int
+    trials: int
+    additivity_plans: int
+
+
+QUICK = Effort(12, 9, 3, QUICK_FORMATS, SCORERS, 2.5, 2, 8, 0)
+THOROUGH = Effort(18, 24, 3, FORMATS, SCORERS, 4.0, 5, 16, 24)
+
+
+@dataclass(frozen=True)
+class Options:
+    """Everything a search depends on besides the model and the budget.
+
+    context_tokens: the length a ratio refers to, None for 2048 (quick: 1024) or the model's if that is smaller;
+    calibration_tokens: the length of the calibration contexts, the same unless given: then the search runs at the same
+    ratio of that length and its kept shares are stretched; data: where the contexts come from; max_new_tokens: the
+    reserve's size; heads: how KV heads share a layer's tokens (uniform, adaptive, or weighted, measured on the search
+    contexts); revision: the model's on the hub, to be loaded by; timeout_seconds: the search's, validation comes on
+    top; sampler, storage: Optuna's; prefill_memory: bytes of memory that prefills may take, None for what is free: what
+    is more goes to disk.
+    """
+
+    context_tokens: int | None = None
+    calibration_tokens: int | None = None
+    quick: bool = False
+    objective: Objective = "kl"
+    data: Data = BUILT_IN
+    max_new_tokens: int | None = None
+    then: str = "evict"
+    sinks: int = 4
+    window: int = 4
+    heads: str = "uniform"
+    trials: int | None = None
+    sampler: str = "tpe"
+    storage: str | None = None
+    revision: str | None = None
+    prefill_memory: int | None = None
+    timeout_seconds: float | None = None
+    seed: int = 0
+
+    @property
+    def effort(self) -> Effort:
+        effort = QUICK if self.quick else THOROUGH
+        return effort if self.trials is None else replace(effort, trials=self.trials)
+
+
+def check_lengths(options: Options, shape: ModelShape) -> tuple[int, int]:
+    """The context and the calibration length. Raises InputError where they are not the model's."""
+    default_tokens = QUICK_CONTEXT_TOKENS if options.quick else DEFAULT_CONTEXT_TOKENS
+    context_tokens = options.context_tokens or min(default_tokens, shape.max_context_tokens)
+    calibration_tokens = options.calibration_tokens or context_tokens
+    for what, tokens in (("context length", context_tokens), ("calibration length", calibration_tokens)):
+        if not 0 < tokens <= shape.max_context_tokens:
+            raise InputError(f"the {what} must be 1 to the model's {shape.max_context_tokens} tokens, got {tokens}")
+    if calibration_tokens > context_tokens:
+        raise InputError(
+            f"the calibration length must be at most the context length {context_tokens}, got {calibration_tokens}"
+        )
+    return context_tokens, calibration_tokens

@@ -1,0 +1,216 @@
+"""What the searches of one run share: the splits, their prefills, the journal, the spaces of plans."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Sequence
+from dataclasses import asdict, replace
+from fractions import Fraction
+from importlib.metadata import version
+from pathlib import Path
+from typing import Literal
+
+from transformers import PreTrainedModel, PreTrainedTokenizerBase
+
+from qpkv_planner.allocation import (
+    DEFAULT_RESERVE_TOKENS,
+    Allocation,
+    Choice,
+    Space,
+    model_section,
+)
+from qpkv_planner.calibration import Context, Split, make_splits
+from qpkv_planner.calibration_cache import choose_places, load_or_prepare
+from qpkv_planner.estimate import duration, estimate, prefills_bytes
+from qpkv_planner.fit import readable
+from qpkv_planner.grid import QUICK_FORMATS, Setting, make_grid, with_format
+from qpkv_planner.heads import measure_heads
+from qpkv_planner.journal import Journal
+from qpkv_planner.machine import operations_per_second
+from qpkv_planner.measurement import Evaluator
+from qpkv_planner.options import Options, check_lengths
+from qpkv_planner.prefill import Prepared, largest_number
+from qpkv_planner.progress import Progress
+from qpkv_runtime.cache import runs_on
+from qpkv_runtime.compression import Scoring
+from qpkv_runtime.errors import InputError
+from qpkv_runtime.ledger import full_bytes
+from qpkv_runtime.methods import SHARINGS
+from qpkv_runtime.models import known_model, model_identity, model_shape
+from qpkv_runtime.plan import Decode, Heads, Model, Plan
+
+FLOAT16_ROOM = 2.0**15  # a larger key or value in calibration and float16 could overflow on other text
+
+
+def describe(
+    model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, name: str, context: Context, revision: str | None = None
+) -> Model:
+    """A plan's `model` section; revision: the model's on the hub. `context` is run to see whether float16 can hold the
+    keys and values."""
+    shape, identity = model_shape(model), model_identity(model, tokenizer)
+    dtype = str(model.dtype).removeprefix("torch.")
+    storage_dtype = dtype
+    if dtype == "float32":
+        storage_dtype = "float16" if largest_number(model, shape, context) < FLOAT16_ROOM else "bfloat16"
+    return model_section(name, shape, dtype, storage_dtype, revision=revision, **asdict(identity))
+
+
+class Session:
+    """What the budgets of one run share: the splits, their prefills, the journal, the last plan's allocation."""
+
+    def __init__(
+        self, model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, options: Options, name: str | None,
+        study: Path | None, calibration_cache: Path | None, progress: Progress, num_budgets: int,
+    ) -> None:  # fmt: skip
+        self.num_budgets = num_budgets
+        self.model, self.options, self.effort, self.progress = model, options, options.effort, progress
+        self.stopped: Literal["interrupted", "timeout"] | None = None
+        shape = model_shape(model)
+        self.context_tokens, self.calibration_tokens = check_lengths(options, shape)
+        counts = {"search": self.effort.search_contexts, "validation": self.effort.validation_contexts}
+        self.splits = make_splits(tokenizer, counts, self.calibration_tokens, options.seed, options.data)
+        self.section = describe(
+            model, tokenizer, name or model.config._name_or_path, self.splits["search"].contexts[0], options.revision
+        )
+        if options.heads not in SHARINGS:
+            raise InputError(f"heads must be one of {', '.join(SHARINGS)}, got {options.heads!r}")
+        self.heads: Heads | tuple[Heads, ...] = (
+            measure_heads(model, shape, self.splits["search"])
+            if options.heads == "weighted"
+            else Heads(share=options.heads)
+        )
+        self.cache_folder = calibration_cache or (study / "calibration" if study else None)
+        self.journal = self._open(study)
+        self.deadline = time.monotonic() + options.timeout_seconds if options.timeout_seconds else None
+        self.evaluators: dict[str, Evaluator] = {}
+        self.announced: list[Scoring] = []
+        self.reserve_tokens = options.max_new_tokens or self._question_tokens()
+        self.plans: list[Plan] = []
+        self.last: tuple[str, Allocation] | None = None  # the last budget's format and plan, for the next to start at
+        self.samples: dict[str, dict[str, int | float]] = {}
+
+    def _question_tokens(self) -> int | None:
+        """Where contexts are compressed before the question is known, it goes through the reserve, which must hold it
+        and the answer; else None, for the default."""
+        if self.options.data.regime == "aware":
+            return None
+        samples = (one for split in self.splits.values() for context in split.contexts for one in context.samples)
+        return max(len(sample.prompt) + len(sample.continuation) for sample in samples)
+
+    def _open(self, study: Path | None) -> Journal:
+        """The study's journal, or one in memory. Its header is all that a loss depends on."""
+        if study is None:
+            return Journal()
+        study.mkdir(parents=True, exist_ok=True)
+        header = {
+            "model": self.section.model_dump(),
+            "data": {name: split.hash for name, split in self.splits.items()},
+            "versions": versions(),
+        }
+        return Journal(study / "journal.jsonl", header)
+
+    def say_estimate(self) -> None:
+        """What is about to be done, and what it will take."""
+        samples = {name: sum(len(one.samples) for one in split.contexts) for name, split in self.splits.items()}
+        expected = estimate(known_model(self.model), self.options, self.context_tokens, self.num_budgets, samples)
+        speed = operations_per_second(runs_on(self.model), self.model.dtype)
+        self.progress.say(
+            f"about {duration(expected.seconds(speed))} for {sum(expected.contexts.values())} prefills of "
+            f"{self.calibration_tokens} tokens and {expected.steps} steps of search; prefills take "
+            f"{readable(sum(expected.prefill_bytes.values()))}"
+        )
+
+    # --- one budget ---
+
+    def space(self, budget: str, tokens: int) -> Space:
+        """The space of plans for `budget` of `tokens` tokens."""
+        options = self.options
+        return Space(
+            model=self.section,
+            requested=budget,
+            context_tokens=tokens,
+            scorer=self.effort.scorers[0],
+            sinks=options.sinks,
+            window=options.window,
+            decode=Decode.model_validate({"reserve_tokens": 1, "format": "rotated-k4v4", "then": options.then}),
+            heads=self.heads,
+        )
+
+    def check_holds(self, budget: str) -> None:
+        """Raise BudgetError, naming the smallest possible, unless some plan fits."""
+        space = with_format(self.space(budget, self.context_tokens), QUICK_FORMATS[-1], self.reserve_tokens)
+        space.check_holds(QUICK_FORMATS)
+
+    def announce(self, budget: str) -> None:
+        """Prefill, when it comes to it, for this budget too."""
+        shipped = self.space(budget, self.context_tokens)
+        if self.lossless(shipped, quiet=True) is None:
+            self.announced += scorings_of(self.grid(shipped)[1])
+
+    def grid(self, shipped: Space) -> tuple[Space, list[Setting]]:
+        """The space of the search for a plan in `shipped`, and its uniform settings."""
+        space = shipped
+        if self.calibration_tokens < self.context_tokens:  # the same share of what the calibration contexts would take
+            share = Fraction(shipped.limit_bytes, shipped.full_bytes)
+            full = full_bytes(space.shape, self.calibration_tokens)
+            space = self.space(f"{int(full * share)}B", self.calibration_tokens)
+        return space, make_grid(space, self.effort.scorers, self.effort.formats, self.reserve_tokens)
+
+    def lossless(self, space: Space, quiet: bool = False) -> Plan | None:
+        """The plan that keeps everything at 16 bit, where the budget holds that and a reserve."""
+        tokens = self.options.max_new_tokens or DEFAULT_RESERVE_TOKENS
+        whole = replace(space, decode=Decode(reserve_tokens=tokens, format="16bit", then=space.decode.then))
+        allocation = [Choice(whole.most_tokens(layer), "16bit") for layer in range(space.shape.num_layers)]
+        if whole.bytes(allocation) > space.limit_bytes:
+            return None
+        if not quiet:
+            self.progress.say(
+                f"warning: {space.requested} = {space.limit_bytes:,} bytes holds {self.context_tokens} tokens and the "
+                "reserve at 16 bit: nothing needs compressing, and the plan keeps everything"
+            )
+        return whole.plan(allocation)
+
+    # --- data ---
+
+    def evaluator(self, split: str, scorings: Sequence[Scoring]) -> Evaluator:
+        """The evaluator of a split, prefilled under these scorings at least."""
+        scorings = [*scorings, *self.announced]
+        held = self.evaluators.get(split)
+        if held is None or not set(scorings) <= held.prepared.scorings:
+            known = held.prepared.scorings if held else frozenset()
+            prepared = self._prepare(self.splits[split], list(dict.fromkeys([*known, *scorings])))
+            held = self.evaluators[split] = Evaluator(self.model, prepared, self.journal)
+        held.deadline = self.deadline
+        return held
+
+    def _prepare(self, split: Split, scorings: list[Scoring]) -> Prepared:
+        self.progress.stage(f"prefill {split.name}")
+        samples = sum(len(context.samples) for context in split.contexts)
+        needed = prefills_bytes(
+            known_model(self.model), len(split.contexts), samples, self.calibration_tokens, len(scorings)
+        )
+        place = choose_places({split.name: needed}, runs_on(self.model), self.options.prefill_memory)[split.name]
+        self.progress.say(f"{split.name}: prefills of about {readable(needed)} go to {place}")
+        prepared = load_or_prepare(
+            self.model, self.section, split, scorings, self.effort.num_parts, self.progress.step,
+            self.cache_folder, place,
+        )  # fmt: skip
+        left_out = sum(prepared.num_unanswerable.values())
+        self.samples[split.name] = {
+            "contexts": prepared.num_contexts,
+            "samples": len(prepared),
+            "unanswerable_share": round(left_out / (left_out + len(prepared)), 4),
+        }
+        self.progress.say(
+            f"{split.name}: {len(prepared)} samples of {prepared.num_contexts} contexts "
+            f"({left_out} questions left out, which the full cache cannot answer)"
+        )
+        return prepared
+
+
+def scorings_of(grid: Sequence[Setting]) -> list[Scoring]:
+    return list(dict.fromkeys(Scoring.of(s.space.scorer, s.space.sinks, s.space.window) for s in grid))
+
+
+def versions() -> dict[str, str]:
+    return {package: version(package) for package in ("qpkv", "torch", "transformers", "optuna")}

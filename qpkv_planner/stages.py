@@ -1,0 +1,306 @@
+"""From one budget to its plan: uniform grid, elimination, knapsack, Optuna, validation.
+
+Every stage works on the search split and hands the next one its allocation; the stages' results meet on the
+validation split and the lowest objective there ships, with the paired interval of its cross-entropy against the best
+uniform setting. What each stage predicted and measured goes into the plan's `calibration.search`.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass, replace
+from typing import Any
+
+from qpkv_planner import lagrangian, search
+from qpkv_planner.allocation import (
+    Allocation,
+    Space,
+    format_named,
+)
+from qpkv_planner.elimination import eliminate, roomy
+from qpkv_planner.grid import Setting, with_format
+from qpkv_planner.knapsack import additivity, improve
+from qpkv_planner.measurement import Evaluator, Losses, OutOfTime, interval
+from qpkv_planner.session import Session, scorings_of, versions
+from qpkv_runtime.errors import InputError
+from qpkv_runtime.plan import Calibration, Comparison, Plan
+
+LEAST_SHARE = 4  # no layer goes below this part of the uniform setting's tokens: few contexts overfit
+
+
+@dataclass(frozen=True)
+class Candidate:
+    """A finalist: the stage that made it (or the uniform setting's name), and what makes it a plan."""
+
+    stage: str
+    space: Space
+    allocation: Allocation
+
+
+def plan_budget(session: Session, budget: str) -> Plan:
+    """The plan of one budget, then the last of the session's `plans`. Raises BudgetError where nothing fits."""
+    shipped = session.space(budget, session.context_tokens)
+    plan = session.lossless(shipped)
+    if plan is None:
+        session.check_holds(budget)
+        if not session.plans:
+            session.say_estimate()
+        space, grid = session.grid(shipped)
+        limit, full = shipped.limit_bytes, shipped.full_bytes
+        session.progress.say(f"budget {budget} of {session.context_tokens} tokens: {limit:,} of {full:,} bytes")
+        plan = _Search(session, shipped, space, grid).run()
+    session.plans.append(plan)
+    return plan
+
+
+class _Search:
+    """The stages for one budget. shipped: the space of the plan; space: that of the search, which is another one where
+    calibration contexts are shorter."""
+
+    def __init__(self, session: Session, shipped: Space, space: Space, grid: list[Setting]) -> None:
+        self.session, self.shipped, self.space, self.grid = session, shipped, space, grid
+        self.effort, self.options, self.progress = session.effort, session.options, session.progress
+        self.objective = session.options.objective
+        self.record: dict[str, Any] = {}
+        self.best_uniform: Candidate | None = None
+        self.candidates: list[Candidate] = []
+        self.slope = 0.0
+        self.scorings = scorings_of(grid)
+
+    def run(self) -> Plan:
+        split = "validation"
+        try:
+            self._stages(self.session.evaluator("search", self.scorings))
+        except (KeyboardInterrupt, OutOfTime) as stop:
+            if self.best_uniform is None or not self.candidates:
+                if isinstance(stop, OutOfTime):
+                    raise InputError(
+                        f"{self.options.timeout_seconds:g} seconds must be enough to measure the uniform settings, "
+                        "and are not: raise --timeout, or add --quick"
+                    ) from None
+                raise
+            self.session.stopped = "timeout" if isinstance(stop, OutOfTime) else "interrupted"
+            if self.session.stopped == "interrupted":
+                split = "search"  # the user is waiting
+            self.progress.say(f"{self.session.stopped}: shipping the best plan so far, measured on the {split} split")
+        self.session.deadline = None
+        return self._ship(split)
+
+    def _stage(self, name: str) -> None:
+        self.progress.stage(name)
+        self.session.journal.stage = name
+
+    def _stages(self, evaluator: Evaluator) -> None:
+        """The stages on the search split, their results in `candidates` (two of them also pulled half way back to
+        uniform: few contexts overfit), and lambda at the knapsack's."""
+        start = self._grid(evaluator)
+        space, quantizer = start.space, format_named(start.format).keys.quantizer
+        self.candidates = [Candidate("uniform", space, start.allocation)]
+        floor = min(choice.tokens for choice in start.allocation) // LEAST_SHARE
+
+        self._stage("elimination")
+        last = self.session.last
+        reuses = last is not None and last[0] == start.format and space.bytes(last[1]) > space.limit_bytes
+        begin = last[1] if last is not None and reuses else roomy(space, start.format, self.effort.times_budget)
+        eliminated, passes = eliminate(evaluator, space, begin, self.objective, floor, self.progress.step)
+        self.record["elimination"] = [asdict(one) for one in passes]
+        self.candidates.append(Candidate("elimination", space, eliminated))
+        eliminated_loss = self._say("elimination", evaluator.evaluate(space, eliminated)).mean(self.objective)
+
+        self._stage("knapsack")
+        start_loss = evaluator.evaluate(space, start.allocation).mean(self.objective)
+        improved, rounds, around = improve(
+            evaluator, space, eliminated if eliminated_loss < start_loss else start.allocation, quantizer,
+            self.effort.rounds, self.objective, floor, self.progress.step,
+            lambda allocation: self._keep(Candidate("knapsack", space, allocation)),
+        )  # fmt: skip
+        self.record["knapsack"] = [{**asdict(one), "accepted": one.is_accepted} for one in rounds]
+        self._keep(Candidate("knapsack", space, improved))
+        improved_losses = self._say("knapsack", evaluator.evaluate(space, improved))
+        self.session.last = (start.format, improved)
+
+        if self.effort.additivity_plans:
+            self._stage("additivity")
+            self.record["additivity"] = additivity(
+                evaluator, space, around, self.objective, self.effort.additivity_plans, self.options.seed,
+                self.progress.step,
+            )  # fmt: skip
+
+        self._stage("search")
+        found = search.refine(
+            evaluator, search.Family(space, improved, around.sensitivities, quantizer), self.effort.trials,
+            self.objective, self.options.seed, self._trial,
+            sampler=self.options.sampler, storage=self.options.storage, name=f"{self.space.requested} {start.format}",
+        )  # fmt: skip
+        self.record["optuna"] = {"trials": self.effort.trials, "finished": len(found)}
+        if found:
+            best = found[0]
+            self._keep(Candidate("search", space, best.allocation))
+            gain = improved_losses.mean(self.objective) - best.loss
+            self.record["optuna"].update(best=best.loss, parameters=best.parameters, gain_on_knapsack=gain)
+            self.progress.say(f"search          {self.objective} {best.loss:.3f} of {len(found)} finished trials")
+            if len(found) > 2:
+                self.candidates += _geometric_mean("mean of trials", [(space, one.allocation) for one in found[:3]])
+        even = (space, start.allocation)
+        for stage, allocation in (("half elimination", eliminated), ("half knapsack", improved)):
+            self.candidates += _geometric_mean(stage, [(space, allocation), even])
+        self.slope = self._slope(evaluator, space, improved, improved_losses)
+
+    def _trial(self, number: int) -> None:
+        """A trial begins."""
+        self.progress.label(f"trial {number + 1}/{self.effort.trials}")
+        self.progress.step()
+
+    def _keep(self, candidate: Candidate) -> None:
+        """A stage's latest result."""
+        self.candidates = [one for one in self.candidates if one.stage != candidate.stage] + [candidate]
+
+    def _ship(self, split: str) -> Plan:
+        """The finalists on a split; the plan of the lowest objective there."""
+        session, progress = self.session, self.progress
+        evaluator = session.evaluator(split, self.scorings)
+        self._stage("finalists")
+        assert self.best_uniform is not None
+        finals = []
+        for candidate in (self.best_uniform, *self.candidates):
+            losses = evaluator.evaluate(candidate.space, candidate.allocation)
+            finals.append((candidate, losses))
+            self._say(f"  {candidate.stage}", losses)
+            progress.step()
+        full, uniform = evaluator.full(), finals[0][1]
+        winner, losses = min(finals, key=lambda final: final[1].mean(self.objective))
+        self.record["finalists"] = [{"stage": c.stage, **_means(loss)} for c, loss in finals]
+        search_evaluator = session.evaluator("search", self.scorings)
+        self.record["search_evaluations"] = search_evaluator.spent
+        on_search = search_evaluator.evaluate(winner.space, winner.allocation)
+        self.record["optimism"] = losses.mean(self.objective) - on_search.mean(self.objective)
+        gain = interval(losses, "ce", minus=uniform)
+        progress.say(
+            f"{winner.stage} ships: cross-entropy {losses.mean('ce'):.3f} (full {full.mean('ce'):.3f}, "
+            f"best uniform {uniform.mean('ce'):.3f}; difference {gain.mean:+.3f} [{gain.low:+.3f}, {gain.high:+.3f}])"
+        )
+        calibration = Calibration(
+            objective=self.objective,
+            seed=self.options.seed,
+            context_tokens=session.calibration_tokens,
+            data=self.options.data.record(),
+            measured_on="search" if split == "search" else "validation",
+            stopped=session.stopped,
+            hashes={name: split.hash for name, split in session.splits.items()},
+            samples=dict(session.samples),
+            cross_entropy=_compare("ce", full, losses, uniform),
+            kl=_compare("kl", full, losses, uniform),
+            improvement_on_best_uniform=gain,
+            loss_to_full=interval(losses, "ce", minus=full),
+            worst_tenth={
+                name: round(one.tail("ce"), 6)
+                for name, one in (("full", full), ("plan", losses), ("best_uniform", uniform))
+            },
+            by_kind={"full": full.by_kind(), "plan": losses.by_kind(), "best_uniform": uniform.by_kind()},
+            winner=winner.stage,
+            lambda_nats_per_mib=_rounded(self.slope),
+            beta=_rounded(lagrangian.beta(self.slope)),
+            best_uniform=self.best_uniform.stage,
+            versions=versions(),
+            search=_rounded(self.record),
+        )
+        return self._stretched(winner, calibration)
+
+    def _stretched(self, winner: Candidate, calibration: Calibration) -> Plan:
+        """The plan of what was found, at the length it is for: each layer keeps the same share of it."""
+        if self.shipped is self.space:
+            return winner.space.plan(winner.allocation, calibration)
+        at = replace(winner.space, requested=self.shipped.requested, context_tokens=self.shipped.context_tokens)
+        at = with_format(at, winner.allocation[0].format, self.session.reserve_tokens)
+        allocation = at.project([float(c.tokens) for c in winner.allocation], [c.format for c in winner.allocation])
+        assert allocation is not None, "what fits a short context fits the same share of a long one"
+        measured = [[choice.tokens, choice.format] for choice in winner.allocation]
+        search = {
+            **calibration.search,
+            "measured_allocation": measured,
+            "measured_reserve_tokens": winner.space.decode.reserve_tokens,
+        }
+        stretched = at.plan(allocation, calibration.model_copy(update={"search": search}))
+        return stretched.model_copy(update={"extrapolated": True})
+
+    def _grid(self, evaluator: Evaluator) -> Setting:
+        """Measure the uniform settings. The one of lowest cross-entropy is what the plan must beat; the search starts
+        there too, or at the next one that is below 16 bit with the search's window and gives every layer as much."""
+        self._stage("uniform grid")
+        rows = []
+        for setting in self.grid:
+            rows.append((setting, evaluator.evaluate(setting.space, setting.allocation)))
+            self.progress.step()
+        self._say("full cache", evaluator.full())
+        best, best_losses = min(rows, key=lambda row: row[1].mean("ce"))
+        self.best_uniform = Candidate(best.name, best.space, best.allocation)
+        self._say(f"best uniform    {best.name}", best_losses)
+        self.record["grid"] = [
+            {
+                "setting": setting.name,
+                "tokens": setting.allocation[-1].tokens,
+                "bytes": setting.space.bytes(setting.allocation),
+                **_means(losses),
+            }
+            for setting, losses in rows
+        ]
+        window = self.space.window
+        whole = [row for row in rows if row[0].format != "16bit" and row[0].space.window == window and _is_even(row[0])]
+        return min(whole, key=lambda row: row[1].mean("ce"))[0]
+
+    def _slope(self, evaluator: Evaluator, space: Space, allocation: Allocation, losses: Losses) -> float:
+        """lambda = -dD/dR: nats that a tenth more budget saves, per MiB, all layers growing alike.
+
+        losses: the allocation's own, on the same samples.
+        """
+        larger_space = replace(space, requested=f"{int(space.limit_bytes * 1.1)}B")
+        weights = [float(choice.tokens) for choice in allocation]
+        larger = larger_space.project(weights, [choice.format for choice in allocation])
+        assert larger is not None
+        loss = evaluator.evaluate(larger_space, larger).mean(self.objective)
+        return lagrangian.slope(losses.mean(self.objective), space.bytes(allocation), loss, space.bytes(larger))
+
+    def _say(self, what: str, losses: Losses) -> Losses:
+        if what != "full cache":
+            self.progress.best(self.objective, losses.mean(self.objective))
+        self.progress.say(
+            f"{what:<15} cross-entropy {losses.mean('ce'):.3f}  kl {losses.mean('kl'):.3f}  "
+            f"exact answers {100 * losses.mean('exact'):.0f} %"
+        )
+        return losses
+
+
+def _is_even(setting: Setting) -> bool:
+    """Whether it gives every layer as much: the pyramid does not."""
+    return " uniform " in setting.name
+
+
+def _geometric_mean(stage: str, members: Sequence[tuple[Space, Allocation]]) -> list[Candidate]:
+    """The members' tokens' geometric mean in the first one's space and formats, if it fits."""
+    space, first = members[0]
+    columns = zip(*([choice.tokens for choice in allocation] for _, allocation in members), strict=True)
+    weights = [math.exp(sum(map(math.log, tokens)) / len(tokens)) for tokens in columns]
+    allocation = space.project(weights, [choice.format for choice in first])
+    return [] if allocation is None else [Candidate(stage, space, allocation)]
+
+
+def _means(losses: Losses) -> dict[str, float]:
+    return {"cross_entropy": losses.mean("ce"), "kl": losses.mean("kl"), "exact": losses.mean("exact")}
+
+
+def _compare(measure: str, full: Losses, plan: Losses, uniform: Losses) -> Comparison:
+    return Comparison(
+        full=interval(full, measure), plan=interval(plan, measure), best_uniform=interval(uniform, measure)
+    )
+
+
+def _rounded(value: Any) -> Any:
+    """Floats with six decimals: what a reader can use, the same on every run."""
+    if isinstance(value, float):
+        return round(value, 6)
+    if isinstance(value, dict):
+        return {key: _rounded(item) for key, item in value.items()}
+    if isinstance(value, (list, tuple)):
+        return [_rounded(item) for item in value]
+    return value
