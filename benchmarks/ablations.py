@@ -4,7 +4,8 @@
 
 The rows: the best uniform setting; elimination alone; the knapsack alone, from uniform; both; and the knapsack from
 uniform with less to choose from or another goal: tokens only (as EvolKV searches), bits only at equal tokens (as
-KVTuner does), keys and values of equal bits, cross-entropy in place of KL, heads shared adaptively. And a ladder of
+KVTuner does), keys and values of equal bits, cross-entropy in place of KL, every head its own
+count, heads shared adaptively. And a ladder of
 precisions that is the same in every layer and head (as RDKV's reverse water-filling gives), the best of a few.
 Writes benchmarks/results/ablations_<model>.csv.
 """
@@ -141,13 +142,14 @@ def _variants(search: Evaluator, space: Space, rounds: int) -> Iterator[Variant]
     yield Variant(f"uniform: {start.name}", start.space, start.allocation)
 
     def refined(
-        name: str, start: Setting, begin: Allocation, wishes: Wishes | None = None, objective: Objective = "kl"
-    ) -> Variant:
+        name: str, start: Setting, begin: Allocation, wishes: Wishes | None = None, objective: Objective = "kl",
+        by_head: bool = False,
+    ) -> Variant:  # fmt: skip
         quantizer, floor = format_named(start.format).keys.quantizer, _floor(start)
-        found, *_ = improve(
-            search, start.space, begin, quantizer, rounds, objective, floor, _nothing, wishes=wishes
-        )  # fmt: skip
-        return Variant(name, start.space, found)
+        space, found, *_ = improve(
+            search, start.space, begin, quantizer, rounds, objective, floor, _nothing, wishes=wishes, by_head=by_head
+        )
+        return Variant(name, space, found)
 
     roomier = roomy(start.space, start.format, THOROUGH.times_budget)
     eliminated, _ = eliminate(search, start.space, roomier, "kl", _floor(start), _nothing)
@@ -157,6 +159,7 @@ def _variants(search: Evaluator, space: Space, rounds: int) -> Iterator[Variant]
     for name, wishes in (("tokens only", tokens_only), ("bits only", bits_only), ("K = V bits", equal_bits)):
         yield refined(f"knapsack, {name}", start, start.allocation, wishes)
     yield refined("knapsack, cross-entropy for KL", start, start.allocation, objective="ce")
+    yield refined("knapsack, by head", start, start.allocation, by_head=True)
     ladders = [one for one in (_ladder(start.space, *shares) for shares in LADDERS) if one is not None]
     ladder = min(ladders, key=lambda one: search.evaluate(start.space, one).mean("kl"))
     yield Variant("the same ladder 8/4/2 everywhere", start.space, ladder)

@@ -66,7 +66,8 @@ def _rows(evaluator: Evaluator, plan: Plan) -> list[dict[str, object]]:
     rows: list[dict[str, object]] = []
     for layer, (mine, steps, changes) in enumerate(zip(allocation, alternatives, found, strict=True)):
         for (kind, other), change in zip(steps.items(), changes, strict=True):
-            nats = float(np.mean([change[kinds == name].mean() for name in sorted(set(kinds))]))
+            whole = change.sum(1)
+            nats = float(np.mean([whole[kinds == name].mean() for name in sorted(set(kinds))]))
             kib = (space.layer_bytes(layer, other) - space.layer_bytes(layer, mine)) / 1024
             rows.append(
                 {

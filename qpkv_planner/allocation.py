@@ -17,7 +17,9 @@ from pydantic import ValidationError
 
 from qpkv_runtime.budget import limit_bytes
 from qpkv_runtime.errors import BudgetError, InputError
-from qpkv_runtime.ledger import align, full_bytes, layer_bytes, quantum_tokens
+from qpkv_runtime.heads import normalized
+from qpkv_runtime.ledger import Holdings, align, full_bytes, layer_bytes, quantum_tokens
+from qpkv_runtime.methods import SHARINGS
 from qpkv_runtime.models.shape import ModelShape
 from qpkv_runtime.plan import (
     UNIFORM,
@@ -35,6 +37,8 @@ from qpkv_runtime.plan import (
 )
 
 DEFAULT_RESERVE_TOKENS = 64
+SEARCHED = "searched"  # how heads may share a layer's tokens, besides the plan's rules: each its own count, as found
+HEADS = (SEARCHED, *SHARINGS)
 DEFAULT_CONTEXT_TOKENS = 2048  # what a ratio refers to, where neither the user nor a shorter model says otherwise
 
 
@@ -140,19 +144,26 @@ class Space:
         """What a layer weighs under a choice, its reserve included."""
         key = (layer, choice)
         if key not in self._bytes:
-            shape, heads = self.shape, self.heads_of(layer)
-            held = heads.share_out(
-                tuple((format_named(format), tokens) for tokens, format in choice.tiers),
-                shape.num_kv_heads,
-                self.sinks + self.window,
-                self.most_tokens(layer),
-            )
+            shape, heads, held = self.shape, self.heads_of(layer), self._held(layer, choice)
             reserve = (format_named(self.decode.format), self.decode.reserve_tokens)
             is_sliding = shape.sliding_windows[layer] is not None
             self._bytes[key] = layer_bytes(
                 (*held, reserve), shape.num_kv_heads, shape.head_size, is_sliding, heads.share == "adaptive"
             )
         return self._bytes[key]
+
+    def tokens_of_heads(self, layer: int, choice: Choice) -> tuple[int, ...]:
+        """How many tokens each head keeps in the last tier; as many each where it is the prompt that divides them."""
+        _, tokens = self._held(layer, choice)[-1]
+        return (tokens,) * self.shape.num_kv_heads if isinstance(tokens, int) else tuple(tokens)
+
+    def _held(self, layer: int, choice: Choice) -> Holdings:
+        return self.heads_of(layer).share_out(
+            tuple((format_named(format), tokens) for tokens, format in choice.tiers),
+            self.shape.num_kv_heads,
+            self.sinks + self.window,
+            self.most_tokens(layer),
+        )
 
     def bytes(self, allocation: Sequence[Choice]) -> int:
         return sum(self.layer_bytes(layer, choice) for layer, choice in enumerate(allocation))
@@ -250,6 +261,24 @@ class Space:
             middle = (low + high) / 2
             low, high = (middle, high) if self.bytes(at(middle)) <= self.limit_bytes else (low, middle)
         return self.fill(at(low))
+
+    def divided(self, tokens: Sequence[Sequence[float]], formats: Sequence[str]) -> tuple[Space, Allocation] | None:
+        """Heads with their own counts, about tokens[layer][head], on the exact budget: the space in which they share by
+        such weights, and the allocation. None where even the least of these formats does not fit."""
+        forced = self.sinks + self.window
+        beyond = [[max(0.0, of_head - forced) for of_head in of_layer] for of_layer in tokens]
+        heads = [
+            UNIFORM if len(set(weights)) == 1 else Heads(share="weighted", alpha=0.0, weights=normalized(weights))
+            for weights in beyond
+        ]
+        space = replace(self, heads=tuple(heads))
+        means = [sum(of_layer) / len(of_layer) for of_layer in tokens]
+        wishes = zip(means, formats, strict=True)
+        wish = [Choice(space.legal_tokens(layer, mean, f), f) for layer, (mean, f) in enumerate(wishes)]
+        if space.bytes(wish) <= space.limit_bytes:
+            return space, space.fill(wish)
+        allocation = space.project(means, formats)
+        return None if allocation is None else (space, allocation)
 
     def key(self, allocation: Sequence[Choice]) -> dict[str, Any]:
         """What an evaluation of this allocation depends on, the samples and the model apart."""

@@ -132,13 +132,25 @@ FACTS = {
              "{name} keeps a", "words"),
         Fact("word", "The password of {thing} is {value}.", "What is the password of {thing}?",
              "The password of {thing} is", "words"),
+        Fact("word", "{name} ordered a {value} yesterday.", "What did {name} order yesterday?", "{name} ordered a",
+             "words"),
         Fact("place", "{person} lives in {value}.", "Where does {person} live?", "{person} lives in", "places"),
         Fact("place", "{name} comes from {value} and likes the sea.", "Where does {name} come from?",
              "{name} comes from", "places"),
+        Fact("place", "{person} works in {value} these days.", "Where does {person} work these days?",
+             "{person} works in", "places"),
         Fact("line", "line {thing}: REGISTER_CONTENT is <{value}>.", "What is the REGISTER_CONTENT in line {thing}?",
              "The REGISTER_CONTENT in line {thing} is <", "numbers", copies=3),
+        Fact("line", "row {thing} contains ({value})", "What does row {thing} contain?",
+             "The row {thing} contains (", "numbers", copies=3),
+        Fact("line", "record {thing}: {value};", "What is in record {thing}?", "In record {thing} is", "numbers",
+             copies=3),
         Fact("chain", "VAR {variable} = {value}.", "What is the value of VAR {copy}?", "The value of VAR {copy} is",
              "numbers", more=("VAR {copy} = VAR {variable}.",)),
+        Fact("chain", "Assign {value} to {variable}.", "What is assigned to {copy}?", "Assigned to {copy} is",
+             "numbers", more=("Assign {variable} to {copy}.",)),
+        Fact("chain", "{variable} equals {value}.", "What does {copy} equal?", "The variable {copy} equals",
+             "numbers", more=("{copy} equals {variable}.",)),
     ),
     "validation": (
         Fact("number", "The secret number of {thing} is {value}.", "What is the secret number of {thing}?",
@@ -312,7 +324,7 @@ def _make_context(
         stated += [(fact.statement, _names(split, fact, taken, chance)) for _ in range(fact.copies)]
         asked.append(len(statements))
         statements += [encode(" " + text.format(**about)) for text, about in stated]
-        separator = "" if fact.lead.endswith(("<", "[")) else " "
+        separator = "" if fact.lead.endswith(("<", "[", "(")) else " "
         answer = encode(separator + names["value"])[:CONTINUATION_TOKENS]
         samples.append(Sample(fact.kind, tuple(encode(frame.question(fact, names))), tuple(answer)))
     head = [tokenizer.bos_token_id] * frame.starts_with_bos + encode(frame.head)

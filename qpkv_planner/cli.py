@@ -10,12 +10,12 @@ import sys
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from qpkv_planner.allocation import HEADS
 from qpkv_planner.fit import Fit, fit, memory_bytes, weights_bytes
 from qpkv_planner.grid import PAPER_WINDOW
 from qpkv_runtime.budget import limit_bytes
 from qpkv_runtime.cli import CommandParser
 from qpkv_runtime.errors import EXIT_INTERRUPTED, InputError, run_command
-from qpkv_runtime.methods import SHARINGS
 from qpkv_runtime.models.options import add_loading_options, loading_options
 
 if TYPE_CHECKING:
@@ -103,8 +103,9 @@ def parser() -> CommandParser:
     )
     out.add_argument("--sinks", type=int, default=4, help="first tokens that every layer keeps (default 4)")
     out.add_argument(
-        "--heads", choices=tuple(SHARINGS), default="uniform",
-        help="how KV heads share a layer's tokens (default uniform; weighted: by measured importance)",
+        "--heads", choices=HEADS,
+        help="how KV heads share a layer's tokens (default searched: each its own count; with --uniform: uniform; "
+        "adaptive: by each prompt's scores; weighted: by measured importance)",
     )  # fmt: skip
     out.add_argument(
         "--window", type=int, help="last tokens that every layer keeps (default 4; with --uniform the papers' 16)"
@@ -382,7 +383,7 @@ def _uniform(arguments: argparse.Namespace) -> str:
         then=arguments.then,
         sinks=arguments.sinks,
         window=arguments.window or PAPER_WINDOW,
-        heads=arguments.heads,
+        heads=arguments.heads or "uniform",
     ).to_yaml()
 
 

@@ -47,7 +47,7 @@ def eliminate(
         progress(FORWARDS // len(evaluator.parts))
         costs = []
         for layer, (mine, of_layer) in enumerate(zip(allocation, changes, strict=True)):
-            for less, change in of_layer.items():
+            for less, (change,) in of_layer.items():
                 saved = space.layer_bytes(layer, mine) - space.layer_bytes(layer, less)
                 costs.append((change / saved, layer, less))
         costs.sort(key=lambda cost: cost[:2])

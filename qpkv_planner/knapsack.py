@@ -1,10 +1,11 @@
-"""Trust-region knapsack: small changes to every layer, weighed one by one and combined exactly under the budget.
+"""Trust-region knapsack: small changes to every layer, or to every KV head, weighed one by one and combined exactly.
 
 At the current allocation each layer's loss is predicted (`linearization.py`) with more and with fewer tokens (by a
-factor, the radius, its square and its root) and with a step of key bits and of value bits. The changes that sum to the
-lowest loss within the budget are a multiple-choice knapsack, solved exactly (`scipy.optimize.milp`). The sum is only a
-prediction: the step is taken if the true loss falls, else the radius becomes its square root. Sensitivities at the full
-cache mislead, since other layers make up for the one that is cut; these are taken where they are used.
+factor, powers of the radius) and with a step of key bits and of value bits. The changes that sum to the
+lowest loss within the budget are a multiple-choice knapsack, solved exactly (`scipy.optimize.milp`): one format a
+layer, and so many tokens for the layer or, searched by head, for each of its KV heads. The sum is only a prediction:
+the step is taken if the true loss falls, else the radius becomes its square root. Sensitivities at the full cache
+mislead, since other layers make up for the one that is cut; these are taken where they are used.
 """
 
 from __future__ import annotations
@@ -12,21 +13,23 @@ from __future__ import annotations
 import math
 import random
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import numpy as np
 from scipy.optimize import Bounds, LinearConstraint, milp
+from scipy.sparse import lil_array
 from scipy.stats import spearmanr
 
 from qpkv_planner.allocation import Allocation, Choice, Space, format_name, format_named
 from qpkv_planner.linearization import FORWARDS, predicted_changes
 from qpkv_planner.measurement import Evaluator, Objective
+from qpkv_runtime.plan import UNIFORM
 
 BITS = (2, 3, 4, 8)
 FIRST_RADIUS = 2.0
 LAST_RADIUS = 1.1  # below it a step changes next to nothing
-POWERS = (-2.0, -1.0, -0.5, 0.5, 1.0, 2.0)  # of the radius, by which a layer's tokens change
+POWERS = (-1.5, -0.5, 0.5, 1.5)  # of the radius, by which a layer's tokens change
 
 
 @dataclass(frozen=True)
@@ -46,11 +49,26 @@ class Round:
 
 
 @dataclass(frozen=True)
-class Neighbourhood:
-    """An allocation and the predicted change of the loss with each layer's alternatives, itself among them."""
+class Option:
+    """What a layer may have. tokens, changes: what each of its units (the layer whole, or each KV head) then keeps, and
+    the change of the loss predicted of that unit alone, in nats."""
 
+    choice: Choice
+    tokens: tuple[int, ...]
+    changes: tuple[float, ...]
+
+    @property
+    def change(self) -> float:
+        return sum(self.changes)
+
+
+@dataclass(frozen=True)
+class Neighbourhood:
+    """An allocation of a space and each layer's options, what it has among them."""
+
+    space: Space
     allocation: Allocation
-    options: tuple[dict[Choice, float], ...]
+    options: tuple[tuple[Option, ...], ...]
 
     @property
     def sensitivities(self) -> list[float]:
@@ -65,7 +83,8 @@ class Neighbourhood:
         """Per layer, the changes of the smallest steps: to fewer and more tokens, and to other bits ("k3v4") for about
         the same bytes."""
         found = []
-        for mine, changes in zip(self.allocation, self.options, strict=True):
+        for mine, options in zip(self.allocation, self.options, strict=True):
+            changes = {option.choice: option.change for option in options}
             by_format: dict[str, list[Choice]] = {}
             for other in sorted((one for one in changes if one != mine), key=lambda one: one.tokens):
                 by_format.setdefault(other.format, []).append(other)
@@ -80,12 +99,15 @@ class Neighbourhood:
 
 def improve(
     evaluator: Evaluator, space: Space, start: Allocation, quantizer: str, num_rounds: int, objective: Objective,
-    floor: int, progress: Callable[[int], None], accept: Callable[[Allocation], None] = lambda allocation: None,
-    wishes: Wishes | None = None,
-) -> tuple[Allocation, list[Round], Neighbourhood]:  # fmt: skip
-    """The improved allocation, the rounds and the last one's neighbourhood. Calls `accept` with each step taken.
+    floor: int, progress: Callable[[int], None],
+    accept: Callable[[Space, Allocation], None] = lambda space, allocation: None,
+    wishes: Wishes | None = None, by_head: bool = False,
+) -> tuple[Space, Allocation, list[Round], Neighbourhood]:  # fmt: skip
+    """The improved allocation and its space, the rounds and the last one's neighbourhood. Calls `accept` with each step
+    taken.
 
-    No layer goes below `floor` tokens. wishes: what a layer may change to, `tokens_and_bits` unless given.
+    No layer goes below `floor` tokens a head. wishes: what a layer may change to, `tokens_and_bits` unless given.
+    by_head: every KV head gets its own count; the space then is `space` with heads shared by weight.
     """
     wishes = wishes or tokens_and_bits
     allocation, radius, rounds = start, FIRST_RADIUS, list[Round]()
@@ -94,26 +116,31 @@ def improve(
         wished = [
             alternatives(space, i, mine, wishes(mine, quantizer, radius), floor) for i, mine in enumerate(allocation)
         ]
-        changes = predicted_changes(evaluator, space, allocation, wished, objective)
-        options = tuple({mine: 0.0, **others} for mine, others in zip(allocation, changes, strict=True))
-        around = Neighbourhood(allocation, options)
+        changes = predicted_changes(evaluator, space, allocation, wished, objective, by_head=by_head)
+        options = tuple(
+            tuple(
+                Option(choice, _tokens_of_units(space, layer, choice, by_head), of_units)
+                for choice, of_units in [(mine, (0.0,) * _num_units(space, by_head)), *others.items()]
+            )
+            for layer, (mine, others) in enumerate(zip(allocation, changes, strict=True))
+        )
+        around = Neighbourhood(space, allocation, options)
         progress(FORWARDS)
-        chosen, predicted_change = _solve(space, options)
-        candidate = space.fill(chosen)
-        measured = evaluator.evaluate(space, candidate).mean(objective)
+        new_space, candidate, predicted_change = _best(space, options, by_head)
+        measured = evaluator.evaluate(new_space, candidate).mean(objective)
         progress(1)
         rounds.append(Round(radius, loss, loss + predicted_change, measured, around.named))
         if rounds[-1].is_accepted:
-            allocation, loss = candidate, measured
-            accept(allocation)
+            space, allocation, loss = new_space, candidate, measured
+            accept(space, allocation)
         else:
             radius = math.sqrt(radius)
         if len(rounds) == num_rounds or radius < LAST_RADIUS:
-            return allocation, rounds, around
+            return space, allocation, rounds, around
 
 
 def additivity(
-    evaluator: Evaluator, space: Space, around: Neighbourhood, objective: Objective, num_plans: int, seed: int,
+    evaluator: Evaluator, around: Neighbourhood, objective: Objective, num_plans: int, seed: int,
     progress: Callable[[int], None],
 ) -> dict[str, Any]:  # fmt: skip
     """How well the sum of predicted single changes tells their measured joint one, on random feasible plans.
@@ -121,21 +148,18 @@ def additivity(
     -> {"rank_correlation": Spearman's, "predicted": nats, "measured": nats}.
     """
     chance = random.Random(seed)
-    mine, parts = around.allocation, evaluator.parts[:1]
+    space, mine, parts = around.space, around.allocation, evaluator.parts[:1]
     before = evaluator.evaluate(space, mine, parts).mean(objective)
     predicted, measured = list[float](), list[float]()
     for _ in range(50 * num_plans):
         if len(predicted) == num_plans:
             break
         share = chance.uniform(0.1, 0.6)
-        chosen = [
-            chance.choice(list(changes.items())) if chance.random() < share else (choice, 0.0)
-            for choice, changes in zip(mine, around.options, strict=True)
-        ]
-        allocation = tuple(choice for choice, _ in chosen)
+        chosen = [chance.choice(options) if chance.random() < share else options[0] for options in around.options]
+        allocation = tuple(option.choice for option in chosen)
         if allocation == mine or space.bytes(allocation) > space.limit_bytes:
             continue
-        predicted.append(sum(change for _, change in chosen))
+        predicted.append(sum(option.change for option in chosen))
         measured.append(evaluator.evaluate(space, allocation, parts).mean(objective) - before)
         progress(1)
     correlation = float(spearmanr(predicted, measured).statistic) if len(predicted) > 2 else None
@@ -153,7 +177,7 @@ def tokens_and_bits(mine: Choice, quantizer: str, radius: float) -> list[tuple[f
     wishes = [(mine.tokens * radius**power, mine.format) for power in POWERS]
     for bits in [(next_bits(keys, s), values) for s in (-1, 1)] + [(keys, next_bits(values, s)) for s in (-1, 1)]:
         as_many = mine.tokens * (keys + values) / sum(bits)
-        wishes += [(as_many * radius**power, format_name(quantizer, *bits)) for power in (-1.0, 0.0, 1.0)]
+        wishes += [(as_many * radius**power, format_name(quantizer, *bits)) for power in (-0.5, 0.5)]
     return wishes
 
 
@@ -172,19 +196,68 @@ def next_bits(bits: int, step: int) -> int:
     return BITS[min(max(place + step, 0), len(BITS) - 1)]
 
 
-def _solve(space: Space, options: Sequence[dict[Choice, float]]) -> tuple[Allocation, float]:
-    """One choice per layer with the lowest sum of changes within the limit, and that sum."""
-    flat = [(layer, choice, change) for layer, changes in enumerate(options) for choice, change in changes.items()]
-    one_per_layer = np.zeros((len(options), len(flat)))
-    for column, (layer, *_) in enumerate(flat):
-        one_per_layer[layer, column] = 1
-    weights = np.array([[space.layer_bytes(layer, choice) for layer, choice, _ in flat]], dtype=float)
+def _num_units(space: Space, by_head: bool) -> int:
+    return space.shape.num_kv_heads if by_head else 1
+
+
+def _tokens_of_units(space: Space, layer: int, choice: Choice, by_head: bool) -> tuple[int, ...]:
+    return space.tokens_of_heads(layer, choice) if by_head else (choice.tokens,)
+
+
+def _best(space: Space, options: Sequence[Sequence[Option]], by_head: bool) -> tuple[Space, Allocation, float]:
+    """The allocation that the knapsack finds, filled up, its space, and the sum of its changes."""
+    formats, tokens, change = _solve(space, options)
+    if not by_head:
+        choices = [Choice(count, format) for (count,), format in zip(tokens, formats, strict=True)]
+        return space, space.fill(choices), change
+    divided = space.divided(tokens, formats)
+    assert divided is not None, "the formats were chosen so that the least of them fits"
+    return *divided, change
+
+
+def _solve(space: Space, options: Sequence[Sequence[Option]]) -> tuple[list[str], list[tuple[int, ...]], float]:
+    """Of each layer a format and its units' tokens, with the lowest sum of changes within the limit; and that sum.
+
+    Binary variables: y[layer, format], one of a layer's; x[layer, format, unit, tokens], for each unit one if that is
+    the layer's format. What a unit weighs is its part of a layer whose heads all keep as many.
+    """
+    num_units = len(options[0][0].tokens)
+    weighing = space if num_units == 1 else replace(space, heads=UNIFORM)
+    known = [list(dict.fromkeys(option.choice.format for option in of_layer)) for of_layer in options]
+    pairs = [(layer, format) for layer, formats in enumerate(known) for format in formats]
+    x = [
+        (pair, unit, option.tokens[unit], option.changes[unit])
+        for pair, (layer, format) in enumerate(pairs)
+        for unit in range(num_units)
+        for option in options[layer]
+        if option.choice.format == format
+    ]
+    weights = [
+        weighing.layer_bytes(pairs[pair][0], Choice(tokens, pairs[pair][1])) / num_units for pair, _, tokens, _ in x
+    ]
+    one_format = lil_array((len(options), len(pairs) + len(x)))
+    one_count = lil_array((len(pairs) * num_units, len(pairs) + len(x)))
+    for pair, (layer, _) in enumerate(pairs):
+        one_format[layer, pair] = 1
+        for unit in range(num_units):
+            one_count[pair * num_units + unit, pair] = -1
+    for column, (pair, unit, *_) in enumerate(x, len(pairs)):
+        one_count[pair * num_units + unit, column] = 1
+    nothing = [0.0] * len(pairs)
     solution = milp(
-        np.array([change for *_, change in flat]),
-        constraints=[LinearConstraint(one_per_layer, 1, 1), LinearConstraint(weights, 0, space.limit_bytes)],
-        integrality=np.ones(len(flat), dtype=int),
+        np.array([*nothing, *(change for *_, change in x)]),
+        constraints=[
+            LinearConstraint(one_format.tocsr(), 1, 1),
+            LinearConstraint(one_count.tocsr(), 0, 0),
+            LinearConstraint(np.array([[*nothing, *weights]]), 0, space.limit_bytes),
+        ],
+        integrality=np.ones(len(pairs) + len(x), dtype=int),
         bounds=Bounds(0, 1),
     )
     assert solution.x is not None, "the current allocation is always a solution"
-    chosen = [(choice, change) for (_, choice, change), x in zip(flat, solution.x, strict=True) if x > 0.5]
-    return tuple(choice for choice, _ in chosen), float(sum(change for _, change in chosen))
+    chosen = [one for one, value in zip(x, solution.x[len(pairs) :], strict=True) if value > 0.5]
+    chosen_formats, counts = [""] * len(options), [[0] * num_units for _ in options]
+    for pair, unit, count, _ in chosen:
+        layer, format = pairs[pair]
+        chosen_formats[layer], counts[layer][unit] = format, count
+    return chosen_formats, [tuple(of_layer) for of_layer in counts], float(sum(change for *_, change in chosen))

@@ -3,7 +3,8 @@
 At an allocation, the gradient of each sample's loss with respect to every layer's attention output is taken. A layer
 that keeps something else attends to something else: its change of output, for the queries of that forward, times the
 gradient is the change of the loss to first order. That costs one layer's attention and no forward, so that dozens of
-alternatives of every layer are weighed for the price of a few evaluations.
+alternatives of every layer are weighed for the price of a few evaluations. That product is a sum over heads, so that
+what each KV head's own tokens do is known apart, for nothing.
 
 To first order alone, what a cut destroys is underestimated: losing a fact is convex. So the gradient is the mean of
 those where all layers keep half as many tokens, as many, and twice as many, a quadrature of the path on which the other
@@ -17,6 +18,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import replace
+from itertools import islice
 
 import numpy as np
 import torch
@@ -36,28 +38,35 @@ FORWARDS = 2 * len(SCALES)  # a backward takes about as long as a forward
 
 def predicted_changes(
     evaluator: Evaluator, space: Space, allocation: Allocation, alternatives: Sequence[Sequence[Choice]],
-    objective: Objective, parts: Sequence[int] | None = None,
-) -> list[dict[Choice, float]]:  # fmt: skip
+    objective: Objective, parts: Sequence[int] | None = None, by_head: bool = False,
+) -> list[dict[Choice, tuple[float, ...]]]:  # fmt: skip
     """For each layer, its alternatives and the change of the loss that each alone would make, in nats, one standard
-    error worse than its mean (`cautious_mean`)."""
+    error worse than its mean (`cautious_mean`): of the whole layer, one number, or of every KV head alone."""
     parts = tuple(parts or evaluator.parts)
 
     def measure() -> dict[str, list[float]]:
         kinds = [evaluator.prepared.kinds[row] for row in evaluator.rows(parts)]
         changes = sample_changes(evaluator, space, allocation, alternatives, objective, parts)
-        return {"changes": [cautious_mean(change, kinds) for of_layer in changes for change in of_layer]}
+        units = [
+            of_head
+            for of_layer in changes
+            for change in of_layer
+            for of_head in (change.T if by_head else change.sum(1)[None])
+        ]
+        return {"changes": [cautious_mean(of_unit, kinds) for of_unit in units]}
 
+    num_units = space.shape.num_kv_heads if by_head else 1
     names = [[choice.key for choice in of_layer] for of_layer in alternatives]
-    about = {"predicted": objective, "alternatives": names}
+    about = {"predicted": objective, "alternatives": names, "units": num_units}
     changes = iter(evaluator.recalled(about, space, allocation, parts, FORWARDS, measure)["changes"])
-    return [{choice: next(changes) for choice in of_layer} for of_layer in alternatives]
+    return [{choice: tuple(islice(changes, num_units)) for choice in of_layer} for of_layer in alternatives]
 
 
 def sample_changes(
     evaluator: Evaluator, space: Space, allocation: Allocation, alternatives: Sequence[Sequence[Choice]],
     objective: Objective, parts: Sequence[int],
 ) -> list[list[NDArray[np.float64]]]:  # fmt: skip
-    """The same for each sample, float64 [samples] in nats, without the standard error."""
+    """The same for each sample and KV head, float64 [samples, H_kv] in nats, without the standard error."""
     attended, gradients = _gradients(evaluator, space, allocation, objective, parts)
     for scale in SCALES[1:]:
         scaled = space.scaled(allocation, scale)
@@ -69,7 +78,8 @@ def sample_changes(
         layers = [layer for layer, of_layer in enumerate(alternatives) if place < len(of_layer)]
         other = [of_layer[place] if place < len(of_layer) else allocation[i] for i, of_layer in enumerate(alternatives)]
         for layer, out in _outputs(evaluator, space, tuple(other), layers, attended, parts).items():
-            change = ((out - before[layer]) * gradients[layer]).sum((1, 2, 3)) / len(SCALES)
+            by_query_head = ((out - before[layer]) * gradients[layer]).sum((2, 3)) / len(SCALES)
+            change = by_query_head.unflatten(1, (space.shape.num_kv_heads, -1)).sum(2)
             changes[layer].append(change.double().cpu().numpy())
     return changes
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass, replace
 
-from qpkv_planner.allocation import DEFAULT_CONTEXT_TOKENS
+from qpkv_planner.allocation import DEFAULT_CONTEXT_TOKENS, SEARCHED
 from qpkv_planner.calibration import BUILT_IN, Data
 from qpkv_planner.grid import FORMATS, QUICK_FORMATS
 from qpkv_planner.measurement import Objective
@@ -35,7 +35,7 @@ class Effort:
 
 
 QUICK = Effort(12, 9, 3, QUICK_FORMATS, SCORERS, 2.5, 2, 8, 0)
-THOROUGH = Effort(18, 24, 3, FORMATS, SCORERS, 4.0, 5, 16, 24)
+THOROUGH = Effort(24, 24, 3, FORMATS, SCORERS, 2.5, 4, 8, 24)
 
 
 @dataclass(frozen=True)
@@ -45,10 +45,10 @@ class Options:
     context_tokens: the length a ratio refers to, None for 2048 (quick: 1024) or the model's if that is smaller;
     calibration_tokens: the length of the calibration contexts, the same unless given: then the search runs at the same
     ratio of that length and its kept shares are stretched; data: where the contexts come from; max_new_tokens: the
-    reserve's size; heads: how KV heads share a layer's tokens (uniform, adaptive, or weighted, measured on the search
-    contexts); revision: the model's on the hub, to be loaded by; timeout_seconds: the search's, validation comes on
-    top; sampler, storage: Optuna's; prefill_memory: bytes of memory that prefills may take, None for what is free: what
-    is more goes to disk.
+    reserve's size; heads: how KV heads share a layer's tokens (searched: each its own count, as the knapsack finds;
+    uniform; adaptive; or weighted, measured on the search contexts); revision: the model's on the hub, to be loaded by;
+    timeout_seconds: the search's, validation comes on top; sampler, storage: Optuna's; prefill_memory: bytes of memory
+    that prefills may take, None for what is free: what is more goes to disk.
     """
 
     context_tokens: int | None = None
@@ -60,7 +60,7 @@ class Options:
     then: str = "evict"
     sinks: int = 4
     window: int = 4
-    heads: str = "uniform"
+    heads: str = SEARCHED
     trials: int | None = None
     sampler: str = "tpe"
     storage: str | None = None

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import Sequence
-from dataclasses import asdict, replace
+from dataclasses import asdict, dataclass, replace
 from fractions import Fraction
 from importlib.metadata import version
 from pathlib import Path
@@ -14,6 +14,8 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from qpkv_planner.allocation import (
     DEFAULT_RESERVE_TOKENS,
+    HEADS,
+    SEARCHED,
     Allocation,
     Choice,
     Space,
@@ -35,9 +37,8 @@ from qpkv_runtime.cache import runs_on
 from qpkv_runtime.compression import Scoring
 from qpkv_runtime.errors import InputError
 from qpkv_runtime.ledger import full_bytes
-from qpkv_runtime.methods import SHARINGS
 from qpkv_runtime.models import known_model, model_identity, model_shape
-from qpkv_runtime.plan import Decode, Heads, Model, Plan
+from qpkv_runtime.plan import UNIFORM, Decode, Heads, Model, Plan
 
 FLOAT16_ROOM = 2.0**15  # a larger key or value in calibration and float16 could overflow on other text
 
@@ -53,6 +54,15 @@ def describe(
     if dtype == "float32":
         storage_dtype = "float16" if largest_number(model, shape, context) < FLOAT16_ROOM else "bfloat16"
     return model_section(name, shape, dtype, storage_dtype, revision=revision, **asdict(identity))
+
+
+@dataclass(frozen=True)
+class LastFound:
+    """What the last budget's knapsack found, from the uniform setting in `format`: where the next one starts."""
+
+    format: str
+    heads: Heads | tuple[Heads, ...]
+    allocation: Allocation
 
 
 class Session:
@@ -72,11 +82,14 @@ class Session:
         self.section = describe(
             model, tokenizer, name or model.config._name_or_path, self.splits["search"].contexts[0], options.revision
         )
-        if options.heads not in SHARINGS:
-            raise InputError(f"heads must be one of {', '.join(SHARINGS)}, got {options.heads!r}")
+        if options.heads not in HEADS:
+            raise InputError(f"heads must be one of {', '.join(HEADS)}, got {options.heads!r}")
+        self.by_head = options.heads == SEARCHED and shape.num_kv_heads > 1
         self.heads: Heads | tuple[Heads, ...] = (
             measure_heads(model, shape, self.splits["search"])
             if options.heads == "weighted"
+            else UNIFORM
+            if options.heads == SEARCHED
             else Heads(share=options.heads)
         )
         self.cache_folder = calibration_cache or (study / "calibration" if study else None)
@@ -86,7 +99,7 @@ class Session:
         self.announced: list[Scoring] = []
         self.reserve_tokens = options.max_new_tokens or self._question_tokens()
         self.plans: list[Plan] = []
-        self.last: tuple[str, Allocation] | None = None  # the last budget's format and plan, for the next to start at
+        self.last: LastFound | None = None
         self.samples: dict[str, dict[str, int | float]] = {}
 
     def _question_tokens(self) -> int | None:

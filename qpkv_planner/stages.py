@@ -22,7 +22,7 @@ from qpkv_planner.elimination import eliminate, roomy
 from qpkv_planner.grid import Setting, with_format
 from qpkv_planner.knapsack import additivity, improve
 from qpkv_planner.measurement import Evaluator, Losses, OutOfTime, interval
-from qpkv_planner.session import Session, scorings_of, versions
+from qpkv_planner.session import LastFound, Session, scorings_of, versions
 from qpkv_runtime.errors import InputError
 from qpkv_runtime.plan import Calibration, Comparison, Plan
 
@@ -100,52 +100,56 @@ class _Search:
         floor = min(choice.tokens for choice in start.allocation) // LEAST_SHARE
 
         self._stage("elimination")
-        last = self.session.last
-        reuses = last is not None and last[0] == start.format and space.bytes(last[1]) > space.limit_bytes
-        begin = last[1] if last is not None and reuses else roomy(space, start.format, self.effort.times_budget)
-        eliminated, passes = eliminate(evaluator, space, begin, self.objective, floor, self.progress.step)
+        begin_space, begin = space, roomy(space, start.format, self.effort.times_budget)
+        if (last := self.session.last) is not None and last.format == start.format:
+            last_space = replace(space, heads=last.heads)
+            if last_space.bytes(last.allocation) > space.limit_bytes:
+                begin_space, begin = last_space, last.allocation
+        eliminated, passes = eliminate(evaluator, begin_space, begin, self.objective, floor, self.progress.step)
         self.record["elimination"] = [asdict(one) for one in passes]
-        self.candidates.append(Candidate("elimination", space, eliminated))
-        eliminated_loss = self._say("elimination", evaluator.evaluate(space, eliminated)).mean(self.objective)
+        self.candidates.append(Candidate("elimination", begin_space, eliminated))
+        eliminated_loss = self._say("elimination", evaluator.evaluate(begin_space, eliminated)).mean(self.objective)
 
         self._stage("knapsack")
-        start_loss = evaluator.evaluate(space, start.allocation).mean(self.objective)
-        improved, rounds, around = improve(
-            evaluator, space, eliminated if eliminated_loss < start_loss else start.allocation, quantizer,
-            self.effort.rounds, self.objective, floor, self.progress.step,
-            lambda allocation: self._keep(Candidate("knapsack", space, allocation)),
+        first_space, first = begin_space, eliminated
+        if evaluator.evaluate(space, start.allocation).mean(self.objective) <= eliminated_loss:
+            first_space, first = space, start.allocation
+        found_space, improved, rounds, around = improve(
+            evaluator, first_space, first, quantizer, self.effort.rounds, self.objective, floor, self.progress.step,
+            lambda space, allocation: self._keep(Candidate("knapsack", space, allocation)),
+            by_head=self.session.by_head,
         )  # fmt: skip
         self.record["knapsack"] = [{**asdict(one), "accepted": one.is_accepted} for one in rounds]
-        self._keep(Candidate("knapsack", space, improved))
-        improved_losses = self._say("knapsack", evaluator.evaluate(space, improved))
-        self.session.last = (start.format, improved)
+        self._keep(Candidate("knapsack", found_space, improved))
+        improved_losses = self._say("knapsack", evaluator.evaluate(found_space, improved))
+        self.session.last = LastFound(start.format, found_space.heads, improved)
 
         if self.effort.additivity_plans:
             self._stage("additivity")
             self.record["additivity"] = additivity(
-                evaluator, space, around, self.objective, self.effort.additivity_plans, self.options.seed,
-                self.progress.step,
-            )  # fmt: skip
+                evaluator, around, self.objective, self.effort.additivity_plans, self.options.seed, self.progress.step
+            )
 
         self._stage("search")
         found = search.refine(
-            evaluator, search.Family(space, improved, around.sensitivities, quantizer), self.effort.trials,
+            evaluator, search.Family(found_space, improved, around.sensitivities, quantizer), self.effort.trials,
             self.objective, self.options.seed, self._trial,
             sampler=self.options.sampler, storage=self.options.storage, name=f"{self.space.requested} {start.format}",
         )  # fmt: skip
         self.record["optuna"] = {"trials": self.effort.trials, "finished": len(found)}
         if found:
             best = found[0]
-            self._keep(Candidate("search", space, best.allocation))
+            self._keep(Candidate("search", found_space, best.allocation))
             gain = improved_losses.mean(self.objective) - best.loss
             self.record["optuna"].update(best=best.loss, parameters=best.parameters, gain_on_knapsack=gain)
             self.progress.say(f"search          {self.objective} {best.loss:.3f} of {len(found)} finished trials")
             if len(found) > 2:
-                self.candidates += _geometric_mean("mean of trials", [(space, one.allocation) for one in found[:3]])
+                three = [(found_space, one.allocation) for one in found[:3]]
+                self.candidates += _geometric_mean("mean of trials", three)
         even = (space, start.allocation)
-        for stage, allocation in (("half elimination", eliminated), ("half knapsack", improved)):
-            self.candidates += _geometric_mean(stage, [(space, allocation), even])
-        self.slope = self._slope(evaluator, space, improved, improved_losses)
+        self.candidates += _geometric_mean("half elimination", [(begin_space, eliminated), even])
+        self.candidates += _geometric_mean("half knapsack", [(found_space, improved), even])
+        self.slope = self._slope(evaluator, found_space, improved, improved_losses)
 
     def _trial(self, number: int) -> None:
         """A trial begins."""
@@ -277,12 +281,24 @@ def _is_even(setting: Setting) -> bool:
 
 
 def _geometric_mean(stage: str, members: Sequence[tuple[Space, Allocation]]) -> list[Candidate]:
-    """The members' tokens' geometric mean in the first one's space and formats, if it fits."""
+    """The members' tokens' geometric mean, of every head where they share a layer's tokens unlike, in the first one's
+    space and formats, if it fits."""
     space, first = members[0]
-    columns = zip(*([choice.tokens for choice in allocation] for _, allocation in members), strict=True)
-    weights = [math.exp(sum(map(math.log, tokens)) / len(tokens)) for tokens in columns]
-    allocation = space.project(weights, [choice.format for choice in first])
-    return [] if allocation is None else [Candidate(stage, space, allocation)]
+    formats = [choice.format for choice in first]
+    if all(other.heads == space.heads for other, _ in members):
+        columns = zip(*([choice.tokens for choice in allocation] for _, allocation in members), strict=True)
+        allocation = space.project([_mean_of_logs(tokens) for tokens in columns], formats)
+        return [] if allocation is None else [Candidate(stage, space, allocation)]
+    held = [[one.tokens_of_heads(i, choice) for i, choice in enumerate(its)] for one, its in members]
+    divided = space.divided(
+        [[_mean_of_logs(tokens) for tokens in zip(*of_layer, strict=True)] for of_layer in zip(*held, strict=True)],
+        formats,
+    )
+    return [] if divided is None else [Candidate(stage, *divided)]
+
+
+def _mean_of_logs(tokens: Sequence[int]) -> float:
+    return math.exp(sum(map(math.log, tokens)) / len(tokens))
 
 
 def _means(losses: Losses) -> dict[str, float]:

@@ -35,8 +35,8 @@ def uniform_plan(
     tokens = context_tokens or min(DEFAULT_CONTEXT_TOKENS, shape.max_context_tokens)
     if tokens > shape.max_context_tokens:
         raise InputError(f"the context length must be at most the model's {shape.max_context_tokens}, got {tokens}")
-    if SHARINGS[heads].needs == "weights":
-        raise InputError(f"a plan by arithmetic has no measured weights: --heads {heads} goes without --uniform")
+    if heads not in SHARINGS or SHARINGS[heads].needs == "weights":
+        raise InputError(f"a plan by arithmetic has no measured heads: --heads {heads} goes without --uniform")
     space = Space(
         model=model_section(model, shape, "bfloat16", "bfloat16"),
         requested=budget,

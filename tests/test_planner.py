@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import json
 import subprocess
 import sys
@@ -18,8 +19,8 @@ from qpkv_planner.allocation import Choice, Space, allocation_of, uniform
 from qpkv_planner.calibration import CONTINUATION_TOKENS, FACTS, WORDS, Data, make_split, make_splits
 from qpkv_planner.grid import make_setting
 from qpkv_planner.heads import measure_heads
-from qpkv_planner.knapsack import _solve
-from qpkv_planner.linearization import _gradients, predicted_changes
+from qpkv_planner.knapsack import Option, _solve
+from qpkv_planner.linearization import SCALES, _gradients, _outputs, predicted_changes, sample_changes
 from qpkv_planner.measurement import Evaluator, Losses, cautious_mean, interval
 from qpkv_planner.one_row import Attended
 from qpkv_planner.prefill import ANSWERABLE_NATS, ContextRun, prepare
@@ -29,7 +30,7 @@ from qpkv_runtime.cache import PlannedCache, layer_parts
 from qpkv_runtime.compression import Scoring
 from qpkv_runtime.errors import InputError, NumericsError
 from qpkv_runtime.models import load_model, load_tokenizer, model_shape
-from qpkv_runtime.plan import Decode, Heads, Scorer, load_plan, parse_plan
+from qpkv_runtime.plan import UNIFORM, Decode, Heads, Scorer, load_plan, parse_plan
 
 TOKENS = 384
 SCORERS = ("snapkv", "h2o", "criticalkv", "expected_attention")
@@ -210,9 +211,28 @@ def test_predicted_changes_tell_the_layers_that_matter(tiny, space, prepared):
     for layer, half in enumerate(halves):
         after = evaluator.evaluate(space, (*allocation[:layer], half, *allocation[layer + 1 :]))
         measured.append(cautious_mean(after.kl - before.kl, after.kinds))
-    found = [changes[half] for changes, half in zip(predicted, halves, strict=True)]
-    print([f"{x:+.4f} {y:+.4f}" for x, y in zip(found, measured, strict=True)])
+    found = [changes[half][0] for changes, half in zip(predicted, halves, strict=True)]
     assert np.corrcoef(found, measured)[0, 1] > 0.8
+
+
+def test_a_head_is_predicted_to_change_what_it_changes_alone(tiny, space, prepared):
+    """The second head of a layer at 32 tokens of 48: as part of the layer's, and with the others left at 48."""
+    evaluator, parts, layer = Evaluator(tiny[0], prepared), (0, 1, 2), 3
+    even = tuple(Choice(48, "rotated-k4v4") for _ in range(space.shape.num_layers))
+    fewer = [[Choice(32, "rotated-k4v4")]] * len(even)
+    by_head = sample_changes(evaluator, space, even, fewer, "kl", parts)[layer][0]
+    alone = Heads(share="weighted", alpha=0.0, weights=(28.0, 12.0, 28.0, 28.0))
+    other = replace(space, heads=tuple(alone if i == layer else UNIFORM for i in range(len(even))))
+    assert other.tokens_of_heads(layer, Choice(44, "rotated-k4v4")) == (48, 32, 48, 48)
+    changed = (*even[:layer], Choice(44, "rotated-k4v4"), *even[layer + 1 :])
+    attended, gradients = _gradients(evaluator, space, even, "kl", parts)
+    for scale in SCALES[1:]:
+        gradients[layer] += _gradients(evaluator, space, space.scaled(even, scale), "kl", parts)[1][layer]
+    before = _outputs(evaluator, space, even, [layer], attended, parts)[layer]
+    after = _outputs(evaluator, other, changed, [layer], attended, parts)[layer]
+    expected = ((after - before) * gradients[layer]).sum((1, 2, 3)) / len(SCALES)
+    assert np.allclose(by_head[:, 1], expected.double().numpy(), rtol=1e-3, atol=1e-7)
+    assert np.abs(by_head[:, 1]).max() > 1e-4
 
 
 def test_what_a_layer_keeps_already_is_predicted_to_change_nothing_and_nothing_is_predicted_twice(
@@ -221,7 +241,7 @@ def test_what_a_layer_keeps_already_is_predicted_to_change_nothing_and_nothing_i
     evaluator, allocation = Evaluator(tiny[0], prepared), uniform(space, "rotated-k3v3")
     alternatives = [[mine] for mine in allocation]
     first = predicted_changes(evaluator, space, allocation, alternatives, "kl")
-    assert all(change == 0 for changes in first for change in changes.values())
+    assert all(change == (0,) for changes in first for change in changes.values())
     spent = evaluator.spent
     monkeypatch.setattr(Evaluator, "forward", None)
     assert predicted_changes(evaluator, space, allocation, alternatives, "kl") == first
@@ -302,21 +322,56 @@ def test_intervals_are_over_contexts_and_paired():
 # --- search ---
 
 
-def test_the_knapsack_is_solved_exactly(space):
-    """Against brute force over three alternatives in each of the layers."""
+@pytest.mark.parametrize("num_units", [1, 2])
+def test_the_knapsack_is_solved_exactly(space, num_units):
+    """Against brute force: in each layer a format, and for each of its units a count in that format."""
     chance = np.random.default_rng(3)
-    options = [
-        {Choice(tokens, "rotated-k4v4"): float(chance.normal()) for tokens in (24, 40, 64)}
-        for _ in range(space.shape.num_layers)
+    num_layers = space.shape.num_layers if num_units == 1 else 4
+    legal = [Choice(tokens, format) for format in ("rotated-k4v4", "rotated-k3v3") for tokens in (24, 64)]
+    layers = [
+        [Option(one, (one.tokens,) * num_units, tuple(chance.normal(size=num_units).tolist())) for one in legal]
+        for _ in range(num_layers)
     ]
-    chosen, change = _solve(space, options)
-    assert space.bytes(chosen) <= space.limit_bytes
-    best, layers = float("inf"), [list(one.items()) for one in options]
-    for index in range(3 ** len(layers)):
-        picks = [layers[layer][index // 3**layer % 3] for layer in range(len(layers))]
-        if space.bytes([choice for choice, _ in picks]) <= space.limit_bytes:
-            best = min(best, sum(value for _, value in picks))
+    small = replace(space, requested=f"{int(num_layers * space.layer_bytes(0, legal[1]) * 0.7)}B")
+    formats, tokens, change = _solve(small, layers)
+
+    def ways(options: list[Option]) -> list[tuple[float, float]]:
+        """(bytes, change) of everything a layer could have."""
+        found = []
+        for format in ("rotated-k4v4", "rotated-k3v3"):
+            alike = [option for option in options if option.choice.format == format]
+            for picks in itertools.product(alike, repeat=num_units):
+                weight = sum(small.layer_bytes(0, option.choice) for option in picks) / num_units
+                found.append((weight, sum(option.changes[unit] for unit, option in enumerate(picks))))
+        return found
+
+    best = min(
+        sum(change for _, change in picks)
+        for picks in itertools.product(*map(ways, layers))
+        if sum(weight for weight, _ in picks) <= small.limit_bytes
+    )
     assert change == pytest.approx(best)
+    weights = [
+        sum(small.layer_bytes(0, Choice(count, format)) for count in of_layer) / num_units
+        for format, of_layer in zip(formats, tokens, strict=True)
+    ]
+    assert sum(weights) <= small.limit_bytes
+
+
+def test_heads_get_the_counts_that_were_wished_for(space):
+    """In whole quanta, whatever the ratio between them, and in the plan."""
+    even = uniform(space, "rotated-k4v4")
+    forced, spare = space.sinks + space.window, min(choice.tokens for choice in even) - space.sinks - space.window
+    assert space.shape.num_kv_heads == 4 and spare >= 12
+    wish = [forced, forced + 4 * (spare // 12), forced + 4 * (spare // 8), forced + 4 * (spare // 4)]
+    wish[0] += -sum(wish) % 16  # whole quanta of the mean
+    found_space, found = space.divided([wish] * len(even), [choice.format for choice in even])
+    assert found_space.bytes(found) <= space.limit_bytes
+    held = found_space.tokens_of_heads(len(even) - 1, Choice(sum(wish) // 4, "rotated-k4v4"))
+    assert list(held) == wish
+    plan = found_space.plan(found)
+    assert parse_plan(plan.to_yaml()) == plan
+    assert plan.holdings(0)[0][1] == found_space.tokens_of_heads(0, found[0])
 
 
 def test_a_setting_that_cannot_hold_its_window_gets_a_smaller_one_by_name(space):
