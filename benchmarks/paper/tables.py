@@ -525,7 +525,7 @@ def figure_10(scope: Scope) -> Table:
 
 # --- MiKV ----------------------------------------------------------------------------------------------------------
 
-LINE_BUDGETS = ("1/3", "1/6")
+LINE_BUDGETS = ("1/3", "1/5")
 EVICTION, ONE_WIDTH = "h2o eviction", "one width flexgen-k2v2"
 TWO_TIERS, NO_BALANCER = "16bit + mikv-k2v2", "16bit + flexgen-k2v2"
 LINE_SETTINGS = (
