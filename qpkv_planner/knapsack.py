@@ -1,11 +1,12 @@
 """Trust-region knapsack: small changes to every layer, or to every KV head, weighed one by one and combined exactly.
 
-At the current allocation each layer's loss is predicted (`linearization.py`) with more and with fewer tokens (by a
-factor, powers of the radius) and with a step of key bits and of value bits. The changes that sum to the
-lowest loss within the budget are a multiple-choice knapsack, solved exactly (`scipy.optimize.milp`): one format a
-layer, and so many tokens for the layer or, searched by head, for each of its KV heads. The sum is only a prediction:
-the step is taken if the true loss falls, else the radius becomes its square root. Sensitivities at the full cache
-mislead, since other layers make up for the one that is cut; these are taken where they are used.
+At the current allocation each layer's loss is predicted (`linearization.py`) with more and with fewer tokens (by powers
+of a factor, the radius) and with a step of key bits and of value bits. The changes that sum to the lowest loss within
+the budget are a multiple-choice knapsack, solved exactly (`scipy.optimize.milp`): one format a layer, and so many
+tokens for the layer or, searched by head, for each of its KV heads. The sum is only a prediction: the step is taken if
+the true loss falls, else the radius becomes its square root. Every round predicts without another part of the samples,
+which is cheaper and harder to overfit; the true loss is that of all. Sensitivities at the full cache mislead, since
+other layers make up for the one that is cut; these are taken where they are used.
 """
 
 from __future__ import annotations
@@ -116,7 +117,9 @@ def improve(
         wished = [
             alternatives(space, i, mine, wishes(mine, quantizer, radius), floor) for i, mine in enumerate(allocation)
         ]
-        changes = predicted_changes(evaluator, space, allocation, wished, objective, by_head=by_head)
+        left_out = evaluator.parts[len(rounds) % len(evaluator.parts)]
+        parts = [part for part in evaluator.parts if part != left_out] or evaluator.parts
+        changes = predicted_changes(evaluator, space, allocation, wished, objective, parts, by_head)
         options = tuple(
             tuple(
                 Option(choice, _tokens_of_units(space, layer, choice, by_head), of_units)

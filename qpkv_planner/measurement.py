@@ -338,9 +338,9 @@ def _values(losses: Mapping[str, Tensor]) -> dict[str, list[float]]:
     return {name: of_samples.tolist() for name, of_samples in losses.items()}
 
 
-def _row_key(rows: list[int]) -> tuple[int, int, int]:
-    """What the journal calls the samples of some parts: first, last + 1, how many."""
-    return rows[0], rows[-1] + 1, len(rows)
+def _row_key(rows: list[int]) -> tuple[int, ...]:
+    """What the journal calls the samples of some parts: of each stretch of them the first and the last + 1."""
+    return tuple(end for stretch in _runs(rows) for end in stretch)
 
 
 def _first_fault(is_finite: list[bool], plan: Plan, fault: str = "") -> str:
