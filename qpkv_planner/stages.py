@@ -66,6 +66,8 @@ class _Search:
         self.best_uniform: Candidate | None = None
         self.candidates: list[Candidate] = []
         self.slope = 0.0
+        held = session.evaluators.get("search")
+        self.spent_before = 0.0 if held is None else held.spent  # on other budgets
         self.scorings = scorings_of(grid)
 
     def run(self) -> Plan:
@@ -176,7 +178,7 @@ class _Search:
         winner, losses = min(finals, key=lambda final: final[1].mean(self.objective))
         self.record["finalists"] = [{"stage": c.stage, **_means(loss)} for c, loss in finals]
         search_evaluator = session.evaluator("search", self.scorings)
-        self.record["search_evaluations"] = search_evaluator.spent
+        self.record["search_evaluations"] = search_evaluator.spent - self.spent_before
         on_search = search_evaluator.evaluate(winner.space, winner.allocation)
         self.record["optimism"] = losses.mean(self.objective) - on_search.mean(self.objective)
         gain = interval(losses, "ce", minus=uniform)
