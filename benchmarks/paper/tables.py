@@ -176,7 +176,7 @@ def table_1(scope: Scope) -> Table:
         Claim("adakv is ahead of snapkv at the smallest count",
               over(own(16, ["adakv"], smallest), own(16, ["snapkv"], smallest)), aspect="questions",
               why={"reproduced": "Few heads look things up; they get the tokens.",
-                   "not": "With three KV heads a layer there is little to move between heads."}),
+                   "not": "Sinks and window leave little of so few tokens to move between heads."}),
         Claim("headkv is ahead of adakv at the smallest count",
               over(own(16, ["headkv"], smallest), own(16, ["adakv"], smallest)), aspect="questions",
               why={"reproduced": "Heads are weighted by what they do with needles.",
