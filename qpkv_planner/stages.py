@@ -1,8 +1,8 @@
 """From one budget to its plan: uniform grid, elimination, knapsack, Optuna, validation.
 
-Every stage works on the search split and hands the next one its allocation; the stages' results meet on the
-validation split and the lowest objective there ships, with the paired interval of its cross-entropy against the best
-uniform setting. What each stage predicted and measured goes into the plan's `calibration.search`.
+Every stage works on the search split and hands the next one its allocation. The stages' results meet on the validation
+split, where the lowest mean of cross-entropy and KL ships, with the paired interval of its cross-entropy against the
+best uniform setting. What each stage predicted and measured goes into the plan's `calibration.search`.
 """
 
 from __future__ import annotations
@@ -163,7 +163,7 @@ class _Search:
         self.candidates = [one for one in self.candidates if one.stage != candidate.stage] + [candidate]
 
     def _ship(self, split: str) -> Plan:
-        """The finalists on a split; the plan of the lowest objective there."""
+        """The finalists on a split; the plan of the best of them there."""
         session, progress = self.session, self.progress
         evaluator = session.evaluator(split, self.scorings)
         self._stage("finalists")
@@ -175,7 +175,7 @@ class _Search:
             self._say(f"  {candidate.stage}", losses)
             progress.step()
         full, uniform = evaluator.full(), finals[0][1]
-        winner, losses = min(finals, key=lambda final: final[1].mean(self.objective))
+        winner, losses = min(finals, key=lambda final: _under_both(final[1]))
         self.record["finalists"] = [{"stage": c.stage, **_means(loss)} for c, loss in finals]
         search_evaluator = session.evaluator("search", self.scorings)
         self.record["search_evaluations"] = search_evaluator.spent - self.spent_before
@@ -301,6 +301,12 @@ def _geometric_mean(stage: str, members: Sequence[tuple[Space, Allocation]]) -> 
 
 def _mean_of_logs(tokens: Sequence[int]) -> float:
     return math.exp(sum(map(math.log, tokens)) / len(tokens))
+
+
+def _under_both(losses: Losses) -> float:
+    """The loss, up to a constant, where the gold continuation and the full cache's own are as likely: cross-entropy is
+    that under the one, KL that under the other."""
+    return (losses.mean("ce") + losses.mean("kl")) / 2
 
 
 def _means(losses: Losses) -> dict[str, float]:
