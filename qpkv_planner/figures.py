@@ -25,6 +25,7 @@ from matplotlib.ticker import FuncFormatter, LogLocator, NullFormatter
 
 from qpkv_planner.report import Point, Report, duration, title, uses, verdict
 from qpkv_runtime.ledger import make_ledger
+from qpkv_runtime.overview import tokens_of_heads
 from qpkv_runtime.plan import Interval, Plan
 
 INK, MUTED, GRID = "#1b1c1f", "#63686f", "#dfe2e7"
@@ -129,8 +130,8 @@ def of_plan(report: Report, plan: Plan) -> list[list[Panel]]:
     )
     layers = Panel(
         "Tokens and bits of every layer",
-        "Tokens kept per KV head (colour: bits), and the bits of keys and values; means over tokens where a layer has "
-        "several tiers.",
+        "Tokens kept per KV head (colour: bits; dashes: each head's own), and the bits of keys and values; means over "
+        "tokens where a layer has several tiers.",
         (11, 4.2),
         lambda figure: _layers(figure, plan),
     )
@@ -312,6 +313,9 @@ def _layers(figure: FigureBase, plan: Plan) -> None:
             colour = colormaps[BITS_MAP](BITS_NORM(both.mean()))
             above.bar(number, tier.tokens, 0.85, bottoms[number], color=colour, label=label)
             bottoms[number] += tier.tokens
+    heads = [(number, tokens) for number in range(count) for tokens in tokens_of_heads(plan, number)]
+    if heads:
+        above.scatter(*zip(*heads, strict=True), marker="_", s=40, color=INK, linewidth=1, label="each head")
     above.axhline(bottoms.mean(), color=INK, linewidth=0.9, linestyle=(0, (4, 3)), label=f"mean {bottoms.mean():.0f}")
     above.set_ylabel("tokens per KV head")
     above.grid(axis="x", visible=False)

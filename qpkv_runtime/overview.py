@@ -105,10 +105,13 @@ def _layer_table(plan: Plan) -> list[str]:
 def _head_tokens(plan: Plan, layer: int) -> str:
     """How the layer's heads share its tokens: by weight, how many each of them keeps."""
     heads = plan.heads_of(layer)
-    if heads.weights is None:
-        return heads.share
+    return heads.share if heads.weights is None else "/".join(map(str, tokens_of_heads(plan, layer)))
+
+
+def tokens_of_heads(plan: Plan, layer: int) -> list[int]:
+    """How many tokens each head of a layer keeps in all, where the plan says it by weights; else nothing."""
     tiers = [tokens for _, tokens in plan.holdings(layer)[:-1] if not isinstance(tokens, int)]
-    return "/".join(str(sum(each)) for each in zip(*tiers, strict=True))
+    return [sum(of_head) for of_head in zip(*tiers, strict=True)]
 
 
 def _quantizers(formats: Sequence[Format]) -> str:
