@@ -5,7 +5,7 @@ PYTHON ?= python3
 BIN := .venv/bin
 STAMP := .venv/.qpkv-installed
 
-.PHONY: help install demo test test-long check check-plans paper-plans test-harness bench paper clean
+.PHONY: help install demo test test-long check plans check-plans paper-plans test-harness bench paper clean
 
 help:  ## list the targets
 	@grep -hE '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 12
@@ -39,6 +39,16 @@ paper-plans: install  ## the papers' recommended settings for their models, by a
 	        --uniform $${scorer%:*}:kivi:4bit --window $${scorer#*:} --sinks 0 \
 	        --output plans/paper/$${model%:*}__$${budget%/*}-$${budget#*/}__$${scorer%:*}.yaml || exit 1; \
 	done; done; done
+
+SEARCH = $(BIN)/python -m qpkv_planner --calibration-cache runs/plans
+
+plans: install  ## the checked-in plans of smollm2 and tiny, searched anew (over an hour; a study resumes what is killed)
+	mkdir -p runs/plans
+	$(SEARCH) --model smollm2 --context-length 1024 --budget 1/32,1/64,1/128 --study runs/plans/study --out-dir plans
+	$(SEARCH) --model smollm2 --context-length 1024 --budget 1/16 --output plans/smollm2__1-16.yaml
+	$(SEARCH) --model smollm2 --context-length 1024 --budget 1/8 --quick --output plans/smollm2__1-8.yaml
+	$(SEARCH) --model tiny --context-length 512 --budget 1/4,1/8,1/16,1/32,1/64,1/128 --quick --out-dir plans
+	rm -f plans/frontier.json
 
 # Not the default 0.01: on another CPU than the recording one rounding tips some samples' top-k and codes (LOG.md).
 check-plans: install  ## measure the checked-in plans of smollm2 again (tiny's are in the tests)
