@@ -17,6 +17,8 @@ from typing import Any
 
 from qpkv_runtime.errors import InputError
 
+FORMAT = 2  # of the lines; what another wrote is refused
+
 
 @dataclass(frozen=True)
 class Entry:
@@ -40,7 +42,7 @@ class Journal:
         self._file = None
         if path is None:
             return
-        header = json.loads(json.dumps(header or {}))
+        header = json.loads(json.dumps({"journal_format": FORMAT, **(header or {})}))
         lines = _whole_lines(path)
         if lines:
             _check_header(path, lines[0], header)
