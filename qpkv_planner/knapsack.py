@@ -13,7 +13,7 @@ from __future__ import annotations
 
 import math
 import random
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -121,10 +121,7 @@ def improve(
         parts = [part for part in evaluator.parts if part != left_out] or evaluator.parts
         changes = predicted_changes(evaluator, space, allocation, wished, objective, parts, by_head)
         options = tuple(
-            tuple(
-                Option(choice, _tokens_of_units(space, layer, choice, by_head), of_units)
-                for choice, of_units in [(mine, (0.0,) * _num_units(space, by_head)), *others.items()]
-            )
+            _options(space, layer, mine, others, by_head)
             for layer, (mine, others) in enumerate(zip(allocation, changes, strict=True))
         )
         around = Neighbourhood(space, allocation, options)
@@ -199,12 +196,16 @@ def next_bits(bits: int, step: int) -> int:
     return BITS[min(max(place + step, 0), len(BITS) - 1)]
 
 
-def _num_units(space: Space, by_head: bool) -> int:
-    return space.shape.num_kv_heads if by_head else 1
+def _options(
+    space: Space, layer: int, mine: Choice, changes: Mapping[Choice, tuple[float, ...]], by_head: bool
+) -> tuple[Option, ...]:
+    """What a layer has, which changes nothing, and its alternatives."""
 
+    def option(choice: Choice, of_units: tuple[float, ...] | None = None) -> Option:
+        tokens = space.tokens_of_heads(layer, choice) if by_head else (choice.tokens,)
+        return Option(choice, tokens, of_units or (0.0,) * len(tokens))
 
-def _tokens_of_units(space: Space, layer: int, choice: Choice, by_head: bool) -> tuple[int, ...]:
-    return space.tokens_of_heads(layer, choice) if by_head else (choice.tokens,)
+    return (option(mine), *(option(choice, of_units) for choice, of_units in changes.items()))
 
 
 def _best(space: Space, options: Sequence[Sequence[Option]], by_head: bool) -> tuple[Space, Allocation, float]:

@@ -13,11 +13,7 @@ from dataclasses import asdict, dataclass, replace
 from typing import Any
 
 from qpkv_planner import lagrangian, search
-from qpkv_planner.allocation import (
-    Allocation,
-    Space,
-    format_named,
-)
+from qpkv_planner.allocation import Allocation, Space, format_named
 from qpkv_planner.elimination import eliminate, roomy
 from qpkv_planner.grid import Setting, with_format
 from qpkv_planner.knapsack import additivity, improve
