@@ -180,13 +180,13 @@ class ContextRun:
             rows = [(*row, int(logits[i, len(row) - 1].argmax())) for i, row in enumerate(rows)]
         return [row[-num_tokens:] for row in rows]
 
-    def prefill(self, layer: int, row: int, scoring: Scoring) -> Prefill:
-        """What the runtime would see of this sample's prompt in one prefill under this scoring."""
+    def prefill(self, layer: int, row: int) -> Prefill:
+        """What the runtime would see of this sample's prompt in one prefill; a window is a scoring's to say."""
         recorded = self.layers[layer]
         query, key, value = self._tokens(layer, row, self.num_prompt_tokens(row))
         return Prefill(
             layer, query, key, [0], recorded.scaling, recorded.softcap, recorded.sliding_window,
-            scoring.window, scoring.sinks, value, self.parts[layer] if self.parts else None,
+            window=0, value=value, parts=self.parts[layer] if self.parts else None,
         )  # fmt: skip
 
     def answer(self, layer: int, row: int) -> Prefill:
@@ -304,8 +304,9 @@ def prepare(
                 banks[layer, name][base:num_stored] = stored
             home = banks[layer, "key"].device
             for row in kept:
+                prefill = run.prefill(layer, row)
                 for scoring in scorings:
-                    observation = observe(scoring, run.prefill(layer, row, scoring))
+                    observation = observe(scoring, prefill)
                     seen = observation.importance[0].to(home), observation.query_stats[0].to(home)
                     observed[layer][scoring].append(seen)
         progress()

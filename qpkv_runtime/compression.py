@@ -29,6 +29,7 @@ from qpkv_runtime.segments import Segments
 STORAGE_DTYPES = {"float16": torch.float16, "bfloat16": torch.bfloat16}
 LARGEST_STORED = 2.0**60  # of a bfloat16: the squares of larger ones, which scales are searched by, overflow float32
 HeadVectors = Mapping[str, Tensor]  # quantizer -> the vectors it stores of every head, 16-bit [B, H_kv, vectors, D]
+VALUES_AT_ONCE = 2**17  # that are encoded: their float32 is a core's cache, and each quantizer goes over it many times
 USE_BFLOAT16 = "; plan with storage_dtype bfloat16"
 
 
@@ -119,6 +120,7 @@ def observe(scoring: Scoring, prefill: Prefill) -> Observation:
 
     prefill: everything; the scorer is shown what it needs. Its window and sinks are the scoring's.
     """
+    peaks = prefill.query_peaks
     prefill = replace(prefill, window=scoring.window, sinks=scoring.sinks, num_queries=scoring.num_queries)
     shown = prefill.shown(SCORERS[scoring.scorer].needs)
     importance = scorers.SCORERS[scoring.scorer].score(shown, dict(scoring.parameters))
@@ -128,20 +130,7 @@ def observe(scoring: Scoring, prefill: Prefill) -> Observation:
     squares = (window_queries.double() ** 2).unflatten(1, (num_heads, -1)) * is_query[:, :, None, :, None]
     num_queries = is_query.sum(-1).clamp(min=1)[..., None] * squares.shape[2]
     moment = (squares.sum((2, 3)) / num_queries).float()
-    return Observation(importance, torch.stack([moment, _peaks(prefill).unflatten(1, (num_heads, -1)).amax(2)], 2))
-
-
-def _peaks(prefill: Prefill) -> Tensor:
-    """max |q| over all queries: float32 [B, H, D]. Copies no queries, which are several times the keys."""
-    first = prefill.key.shape[2] - prefill.query.shape[2]
-    starts = [max(0, padding - first) for padding in prefill.num_padding]
-    rows = [query[:, start:] for query, start in zip(prefill.query, starts, strict=True)]
-    low, high = (
-        torch.aminmax(prefill.query, dim=2)
-        if not any(starts)
-        else map(torch.stack, zip(*(torch.aminmax(row, dim=1) for row in rows), strict=True))
-    )
-    return torch.maximum(high, -low).float()
+    return Observation(importance, torch.stack([moment, peaks.unflatten(1, (num_heads, -1)).amax(2)], 2))
 
 
 def rank(importance: Tensor) -> Ranking:
@@ -402,7 +391,13 @@ def encode(layer: int, format: Format, side: str, x: Tensor, valid: Tensor, vect
     """
     written = side_format(format, side)
     quantizer = (KEY_QUANTIZERS if side == "key" else VALUE_QUANTIZERS)[written.quantizer]
-    encoded = quantizer.encode(x, valid, written, vectors.get(written.quantizer) if side == "key" else None)
+    own = vectors.get(written.quantizer) if side == "key" else None
+    num_rows = max(1, VALUES_AT_ONCE // x[0].numel())
+    parts = [
+        quantizer.encode(x[rows], valid[rows], written, None if own is None else own[rows])
+        for rows in (slice(start, start + num_rows) for start in range(0, len(x), num_rows))
+    ]
+    encoded = parts[0] if len(parts) == 1 else Encoded.joined(parts)
     if not bool(encoded.scales.isfinite().all()):
         raise _scale_overflows(layer, side, x.dtype)
     return encoded

@@ -23,7 +23,7 @@ run in float64, where the order does not show.
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Protocol
 
@@ -47,6 +47,18 @@ class Encoded:
     scales: Tensor
     outliers: Tensor | None = None
     places: Tensor | None = None
+
+    @classmethod
+    def joined(cls, parts: Sequence[Encoded]) -> Encoded:
+        """Of one format, along B."""
+        outliers = [part.outliers for part in parts if part.outliers is not None]
+        places = [part.places for part in parts if part.places is not None]
+        return cls(
+            torch.cat([part.codes for part in parts]),
+            torch.cat([part.scales for part in parts]),
+            torch.cat(outliers) if outliers else None,
+            torch.cat(places) if places else None,
+        )
 
 
 @dataclass(frozen=True)
@@ -383,12 +395,13 @@ class Rotated:
     def encode(self, x: Tensor, valid: Tensor, format: TensorFormat, vectors: Tensor | None) -> Encoded:
         number, x = x.dtype, self.into(x.float(), vectors, valid)
         half = 2 ** (format.bits - 1)
-        largest, energy = x.abs().amax(-1, keepdim=True), x.square().sum(-1, keepdim=True, dtype=torch.float64)
+        largest, energy = x.abs().amax(-1, keepdim=True), x.square().double().sum(-1, keepdim=True)
         best_scale = best_error = None
         for clip in CLIPS[format.bits]:
             scale = (largest * (clip / half)).to(number)
             exact = _in_steps(x, scale)
-            error = (exact.round().clamp_(-half, half - 1) - exact).square_().sum(-1, keepdim=True, dtype=torch.float64)
+            error = exact.round().clamp_(-half, half - 1).sub_(exact).square_()
+            error = error.double().sum(-1, keepdim=True)  # faster than a sum of that dtype
             error = torch.where(scale == 0, energy, error * scale.double().square())
             if best_scale is None or best_error is None:
                 best_scale, best_error = scale, error

@@ -10,6 +10,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
+from functools import cached_property
 from typing import Any, Protocol
 
 import torch
@@ -104,6 +105,19 @@ class Prefill:
         """int64 [B, 1, T]: the token's position in its own row, negative at padding."""
         padding = torch.tensor(self.num_padding, device=self.key.device)
         return (torch.arange(self.key.shape[2], device=self.key.device) - padding[:, None])[:, None]
+
+    @cached_property
+    def query_peaks(self) -> Tensor:
+        """max |q| over all queries: float32 [B, H, D]. Copies no queries, which are several times the keys."""
+        first = self.key.shape[2] - self.query.shape[2]
+        starts = [max(0, padding - first) for padding in self.num_padding]
+        rows = [query[:, start:] for query, start in zip(self.query, starts, strict=True)]
+        low, high = (
+            torch.aminmax(self.query, dim=2)
+            if not any(starts)
+            else map(torch.stack, zip(*(torch.aminmax(row, dim=1) for row in rows), strict=True))
+        )
+        return torch.maximum(high, -low).float()
 
     def attention(self) -> Iterator[Tensor]:
         """Causal attention probabilities of the queries, in chunks: float32 [B, H_kv, G, queries, T]. Rows of

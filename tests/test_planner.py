@@ -131,7 +131,7 @@ def test_cached_prefill_gives_bitwise_the_kept_tokens_and_codes_of_a_fresh_one(t
                 fresh = PlannedCache(plan, [torch.device("cpu")] * space.shape.num_layers, parts)
                 scoring = Scoring.of(scored.scorer, space.sinks, space.window)
                 for layer, cached in enumerate(fresh.layers):
-                    prefill = run.prefill(layer, sample, scoring)
+                    prefill = run.prefill(layer, sample)
                     cached.prefill(prefill.query, prefill.key, prefill.value, None, prefill.scaling, None)
                     layout = fresh.ledger.layers[layer]
                     block = evaluator.block(scored, plan, scoring, layout, allocation[layer], index)

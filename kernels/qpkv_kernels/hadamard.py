@@ -22,12 +22,14 @@ def hadamard(x: Tensor) -> Tensor:
     block = _block(head_size)
     # channels first: every step is then long runs of memory; a copy in any case
     y = x.reshape(-1, head_size).t().clone(memory_format=torch.contiguous_format)
+    other = torch.empty_like(y)
     step = 1
     while step < block:
         low, high = y.view(-1, 2, step, y.shape[1]).unbind(1)
-        difference = low - high
-        low += high
-        high.copy_(difference)
+        total, difference = other.view(-1, 2, step, y.shape[1]).unbind(1)
+        torch.add(low, high, out=total)
+        torch.sub(low, high, out=difference)
+        y, other = other, y
         step *= 2
     return y.mul_(block**-0.5).t().contiguous().view(x.shape)
 
