@@ -45,12 +45,12 @@ def plan_budget(session: Session, budget: str) -> Plan:
         space, grid = session.grid(shipped)
         limit, full = shipped.limit_bytes, shipped.full_bytes
         session.progress.say(f"budget {budget} of {session.context_tokens} tokens: {limit:,} of {full:,} bytes")
-        plan = _Search(session, shipped, space, grid).run()
+        plan = Search(session, shipped, space, grid).run()
     session.plans.append(plan)
     return plan
 
 
-class _Search:
+class Search:
     """The stages for one budget. shipped: the space of the plan; space: that of the search, which is another one where
     calibration contexts are shorter."""
 
