@@ -29,7 +29,6 @@ from qpkv_runtime.segments import Segments
 STORAGE_DTYPES = {"float16": torch.float16, "bfloat16": torch.bfloat16}
 LARGEST_STORED = 2.0**60  # of a bfloat16: the squares of larger ones, which scales are searched by, overflow float32
 HeadVectors = Mapping[str, Tensor]  # quantizer -> the vectors it stores of every head, 16-bit [B, H_kv, vectors, D]
-VALUES_AT_ONCE = 2**17  # that are encoded: their float32 is a core's cache, and each quantizer goes over it many times
 USE_BFLOAT16 = "; plan with storage_dtype bfloat16"
 
 
@@ -391,13 +390,7 @@ def encode(layer: int, format: Format, side: str, x: Tensor, valid: Tensor, vect
     """
     written = side_format(format, side)
     quantizer = (KEY_QUANTIZERS if side == "key" else VALUE_QUANTIZERS)[written.quantizer]
-    own = vectors.get(written.quantizer) if side == "key" else None
-    num_rows = max(1, VALUES_AT_ONCE // x[0].numel())
-    parts = [
-        quantizer.encode(x[rows], valid[rows], written, None if own is None else own[rows])
-        for rows in (slice(start, start + num_rows) for start in range(0, len(x), num_rows))
-    ]
-    encoded = parts[0] if len(parts) == 1 else Encoded.joined(parts)
+    encoded = quantizer.encode(x, valid, written, vectors.get(written.quantizer) if side == "key" else None)
     if not bool(encoded.scales.isfinite().all()):
         raise _scale_overflows(layer, side, x.dtype)
     return encoded

@@ -23,7 +23,7 @@ run in float64, where the order does not show.
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Protocol
 
@@ -47,18 +47,6 @@ class Encoded:
     scales: Tensor
     outliers: Tensor | None = None
     places: Tensor | None = None
-
-    @classmethod
-    def joined(cls, parts: Sequence[Encoded]) -> Encoded:
-        """Of one format, along B."""
-        outliers = [part.outliers for part in parts if part.outliers is not None]
-        places = [part.places for part in parts if part.places is not None]
-        return cls(
-            torch.cat([part.codes for part in parts]),
-            torch.cat([part.scales for part in parts]),
-            torch.cat(outliers) if outliers else None,
-            torch.cat(places) if places else None,
-        )
 
 
 @dataclass(frozen=True)
@@ -374,6 +362,9 @@ CLIPS = {
 }
 
 
+VALUES_AT_ONCE = 2**17  # whose scales are searched: with all clips side by side, about a core's cache
+
+
 class Rotated:
     """Hadamard-rotated symmetric codes with one searched scale per token (after QuaRot, arXiv 2404.00456).
 
@@ -394,22 +385,22 @@ class Rotated:
 
     def encode(self, x: Tensor, valid: Tensor, format: TensorFormat, vectors: Tensor | None) -> Encoded:
         number, x = x.dtype, self.into(x.float(), vectors, valid)
-        half = 2 ** (format.bits - 1)
-        largest, energy = x.abs().amax(-1, keepdim=True), x.square().double().sum(-1, keepdim=True)
-        best_scale = best_error = None
-        for clip in CLIPS[format.bits]:
-            scale = (largest * (clip / half)).to(number)
-            exact = _in_steps(x, scale)
-            error = exact.round().clamp_(-half, half - 1).sub_(exact).square_()
-            error = error.double().sum(-1, keepdim=True)  # faster than a sum of that dtype
-            error = torch.where(scale == 0, energy, error * scale.double().square())
-            if best_scale is None or best_error is None:
-                best_scale, best_error = scale, error
-            else:
-                best_scale = torch.where(error < best_error, scale, best_scale)
-                best_error = torch.minimum(error, best_error)
-        assert best_scale is not None
-        return Encoded(self._midpoint_codes(x, best_scale, half), best_scale.flatten(2))
+        tokens = x.view(-1, x.shape[-1])
+        scale, at_once = x.new_empty(*x.shape[:-1], 1, dtype=number), max(1, VALUES_AT_ONCE // x.shape[-1])
+        for part, found in zip(tokens.split(at_once), scale.view(-1, 1).split(at_once), strict=True):
+            found.copy_(self._best_scale(part, format.bits, number))
+        return Encoded(self._midpoint_codes(x, scale, 2 ** (format.bits - 1)), scale.flatten(2))
+
+    def _best_scale(self, x: Tensor, bits: int, number: torch.dtype) -> Tensor:
+        """x: float32 [N, D] -> [N, 1] of the type `number`: of the CLIPS' scales the first with the least error."""
+        half = 2 ** (bits - 1)
+        shares = x.new_tensor([clip / half for clip in CLIPS[bits]])
+        scales = (x.abs().amax(-1, keepdim=True) * shares).to(number)
+        exact = _in_steps(x[:, None], scales[..., None])  # [N, clips, D]
+        error = exact.round().clamp_(-half, half - 1).sub_(exact).square_()
+        squares = error.double().sum(-1) * scales.double().square()  # faster than a sum of that dtype
+        squares = torch.where(scales == 0, x.square().double().sum(-1, keepdim=True), squares)
+        return scales.gather(1, squares.argmin(1, keepdim=True))
 
     def codes(self, x: Tensor, scales: Tensor, format: TensorFormat, vectors: Tensor | None) -> Tensor:
         return self._midpoint_codes(self.into(x.float(), vectors, None), scales[..., None], 2 ** (format.bits - 1))

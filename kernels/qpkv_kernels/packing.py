@@ -8,6 +8,8 @@ technique 1); token order inside a tile does not matter to attention.
 
 from __future__ import annotations
 
+from functools import lru_cache
+
 import torch
 from torch import Tensor
 
@@ -38,10 +40,15 @@ def unpack(packed: Tensor, bits: int, head_size: int) -> Tensor:
     for plane in PLANES[bits]:
         end = start + num_values * plane // 8
         words = packed[..., start:end].view(WORDS[plane]).unflatten(-1, (-1, 1, head_size))
-        shifts = torch.arange(0, 8 * word_bytes(plane), plane, dtype=WORDS[plane], device=packed.device)[:, None]
-        fields = ((words >> shifts) & (2**plane - 1)).to(torch.uint8)  # [..., words, field, D]
+        fields = ((words >> _shifts(plane, packed.device)) & (2**plane - 1)).to(torch.uint8)  # [..., words, field, D]
         plane_codes = fields.flatten(-3, -2) << shift if shift else fields.flatten(-3, -2)
         codes = plane_codes if codes is None else codes | plane_codes
         shift, start = shift + plane, end
     assert codes is not None
     return codes
+
+
+@lru_cache(maxsize=16)
+def _shifts(plane: int, device: torch.device) -> Tensor:
+    """Where the fields of a word begin: [fields, 1]."""
+    return torch.arange(0, 8 * word_bytes(plane), plane, dtype=WORDS[plane], device=device)[:, None]
