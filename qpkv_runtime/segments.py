@@ -1,8 +1,8 @@
 """Moving one buffer of many segments between a layer's block and a tensor, all of them at once.
 
 Segments of one size at regular offsets, as even heads have, are a strided view of the block: nothing is copied to read
-them. Others are gathered and scattered by the index of their words, in a tensor as wide as the widest needs;
-what a narrower one has behind its own end repeats its last word.
+them. Others are copied, a head at a time, from and to a tensor as wide as the widest needs, which is zero where a
+narrower one has nothing.
 """
 
 from __future__ import annotations
@@ -76,9 +76,10 @@ class Segments:
             return self.block.new_empty(*self.rows.shape, 0, dtype=dtype)
         if self._strides is not None:
             return self._view(name).view(dtype)
-        word = self._word(name)
-        parts = [self._words(word)[self._index(name, part, word)[0]].flatten(2) for part in self._parts(name)]
-        return torch.cat(parts, -1).view(dtype)
+        content = self.block.new_zeros(*self.rows.shape, self.widest.buffers[name].size_bytes)
+        for held, own in self._pieces(name, content):
+            own.copy_(held)
+        return content.view(dtype)
 
     def write(self, name: str, content: Tensor) -> None:
         """content: [R, K, numbers] of any type, as the widest has them."""
@@ -86,13 +87,8 @@ class Segments:
         if self._strides is not None:
             self._view(name).copy_(content)
             return
-        word, start = self._word(name), 0
-        words = content.view(word)
-        for part in self._parts(name):
-            index, is_own = self._index(name, part, word)
-            size = index[0, 0].numel()
-            self._words(word)[index[is_own]] = words[..., start : start + size].unflatten(-1, index.shape[2:])[is_own]
-            start += size
+        for held, own in self._pieces(name, content):
+            held.copy_(own)
 
     @cached_property
     def _starts(self) -> Places:
@@ -116,32 +112,31 @@ class Segments:
         start = self.block.storage_offset() + int(self._starts[0, 0]) + buffer.offset
         return self.block.as_strided((*self.rows.shape, buffer.size_bytes), (*self._strides, 1), start)
 
-    def _words(self, word: torch.dtype) -> Tensor:
-        """The whole block as words, a view."""
-        size = (len(self.block) - 1) * self.block.stride(0) + self.block.shape[1]
-        return self.block.as_strided((size,), (1,)).view(word)
+    def _pieces(self, name: str, content: Tensor) -> Iterator[tuple[Tensor, Tensor]]:
+        """(where the block holds them, where `content` [R, K, bytes of the widest] has them), uint8
+        [rows, lines, bytes], of the buffer's parts, run by run."""
+        base, first = self.widest.buffers[name].offset, self.block.storage_offset()
+        wide = self.layout.parts(name, self.tier, self.widest.capacity_tokens)
+        for rows, column, start, down, capacity in self._runs:
+            for part, of_widest in zip(self.layout.parts(name, self.tier, capacity), wide, strict=True):
+                size = (rows.stop - rows.start, part.num_lines, part.line_bytes)
+                held = self.block.as_strided(size, (down, part.line_bytes, 1), first + start + part.offset)
+                begin, length = of_widest.offset - base, of_widest.num_lines * of_widest.line_bytes
+                lines = content[rows, column, begin : begin + length].unflatten(-1, (part.num_lines, -1))
+                yield held, lines[..., : part.line_bytes]
 
-    def _word(self, name: str) -> torch.dtype:
-        """Outliers may be an odd number of 16-bit values."""
-        return torch.int32 if self.widest.buffers[name].size_bytes % 4 == 0 else torch.int16
-
-    def _parts(self, name: str) -> range:
-        return range(len(self.layout.parts(name, self.tier, self.widest.capacity_tokens)))
-
-    def _index(self, name: str, part: int, word: torch.dtype) -> tuple[Tensor, Tensor]:
-        """(index into `_words`, whether it is a segment's own), [R, K, lines, words] of a part of the buffer."""
-        widest, is_empty = int(self.capacities.argmax()), self.capacities == 0
-        starts = np.where(is_empty, self._starts.flat[widest], self._starts)
-        sizes, of = np.unique(np.where(is_empty, self.capacities.flat[widest], self.capacities), return_inverse=True)
-        parts = [self.layout.parts(name, self.tier, size)[part] for size in sizes.tolist()]
-        assert not any(p.offset % word.itemsize or p.line_bytes % word.itemsize for p in parts)
-        of = of.reshape(starts.shape)
-        first = (starts + np.array([p.offset for p in parts])[of]) // word.itemsize
-        length = np.array([p.line_bytes for p in parts])[of] // word.itemsize
-        device = self.block.device
-        starts_at, ends, is_written = (
-            torch.from_numpy(x).to(device)[..., None, None] for x in (first, length, ~is_empty)
-        )
-        lines = torch.arange(parts[0].num_lines, device=device)[:, None]
-        words = torch.arange(int(length.max()), device=device).expand(len(lines), -1)
-        return starts_at + lines * ends + torch.minimum(words, ends - 1), (words < ends) & is_written
+    @cached_property
+    def _runs(self) -> list[tuple[slice, int, int, int, int]]:
+        """(rows, column, where the first one starts, bytes from one to the next, capacity): a column's
+        segments where they are of one size and lie regularly, as they do unless prompts divide heads unlike; else each
+        by itself. Those that hold nothing are left out."""
+        runs = []
+        starts, (num_rows, num_columns) = self._starts, self.rows.shape
+        for column in range(num_columns):
+            sizes, steps = self.capacities[:, column], np.diff(starts[:, column])
+            is_run = (sizes == sizes[0]).all() and (steps == steps[:1]).all() and (steps >= 0).all()
+            for rows in [slice(0, num_rows)] if is_run else [slice(row, row + 1) for row in range(num_rows)]:
+                if sizes[rows.start]:
+                    down = int(steps[0]) if is_run and num_rows > 1 else 0
+                    runs.append((rows, column, int(starts[rows.start, column]), down, int(sizes[rows.start])))
+        return runs
