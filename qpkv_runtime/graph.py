@@ -64,6 +64,7 @@ class DecodeLoop:
         self.token = torch.empty(0, 1, dtype=torch.int64, device=model.device)
         self.is_sound = torch.ones((), dtype=torch.bool, device=model.device)
         self._graph: torch.cuda.CUDAGraph | None = None
+        self._stream: torch.cuda.Stream | None = None  # of warm-up and capture
         self._captured: tuple[int, ...] = ()
         self._num_launched = 0
 
@@ -132,15 +133,17 @@ class DecodeLoop:
             self._graph.replay()
             self.cache.advance(1)
             return
-        stream = torch.cuda.Stream(self.token.device)
-        stream.wait_stream(torch.cuda.current_stream(self.token.device))
-        with torch.cuda.stream(stream):
+        current = torch.cuda.current_stream(self.token.device)
+        if self._stream is None:
+            self._stream = torch.cuda.Stream(self.token.device)
+        self._stream.wait_stream(current)
+        with torch.cuda.stream(self._stream):
             self._step()
-        torch.cuda.current_stream(self.token.device).wait_stream(stream)
+        current.wait_stream(self._stream)
         self._num_launched += 1
         if self._num_launched == WARM_UP_STEPS:
             graph = torch.cuda.CUDAGraph()
-            with torch.cuda.graph(graph):
+            with torch.cuda.graph(graph, stream=self._stream):
                 self._step()
             self.cache.advance(-1)  # captured, not run
             self._graph = graph
