@@ -28,8 +28,9 @@ from torch import Tensor
 from qpkv_planner.allocation import Allocation, Choice, Space
 from qpkv_planner.measurement import Evaluator, Objective, cautious_mean
 from qpkv_planner.one_row import Attended
-from qpkv_runtime.compression import Scoring
-from qpkv_runtime.ledger import make_ledger
+from qpkv_planner.side_by_side import side_by_side
+from qpkv_runtime.cache import runs_on
+from qpkv_runtime.ledger import LayerLedger, make_ledger
 from qpkv_runtime.packed import PackedLayer
 
 SCALES = (1.0, 0.5, 2.0)  # of all layers' tokens, where gradients are taken; the first is where changes are seen
@@ -104,21 +105,21 @@ def _gradients(
     return attended, list(torch.autograd.grad(losses.sum(), added))
 
 
-@torch.no_grad()
 def _outputs(
     evaluator: Evaluator, space: Space, allocation: Allocation, layers: Sequence[int], attended: Sequence[Attended],
     parts: Sequence[int],
 ) -> dict[int, Tensor]:  # fmt: skip
     """The output [B, H, T, D] of each of these layers under `allocation`, whatever the others do."""
-    plan, scoring = space.probe(allocation), Scoring.of(space.scorer, space.sinks, space.window)
-    ledger = make_ledger(plan)
+    plan = space.probe(allocation)
+    layouts = [make_ledger(plan).layers[layer] for layer in layers]
     prompt_tokens = [evaluator.prepared.prompt_tokens[row] for row in evaluator.rows(parts)]
-    outputs = {}
-    for layer in layers:
-        layout, given = ledger.layers[layer], attended[layer]
-        blocks = [evaluator.block(space, plan, scoring, layout, allocation[layer], part) for part in parts]
-        packed = PackedLayer(plan, layout, torch.cat(blocks).to(given.query.device))
-        outputs[layer] = packed.attend(
-            given.query, given.key, given.value, 0, prompt_tokens, given.scaling, given.softcap
-        )
-    return outputs
+
+    def output(of_layer: tuple[LayerLedger, Tensor]) -> Tensor:
+        layout, block = of_layer
+        given = attended[layout.layer]
+        packed = PackedLayer(plan, layout, block.to(given.query.device))
+        return packed.attend(given.query, given.key, given.value, 0, prompt_tokens, given.scaling, given.softcap)
+
+    blocks = evaluator.blocks(space, plan, allocation, layouts, parts)
+    outputs = side_by_side(output, zip(layouts, blocks, strict=True), runs_on(evaluator.model))
+    return dict(zip(layers, outputs, strict=True))

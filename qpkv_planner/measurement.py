@@ -20,10 +20,11 @@ from numpy.typing import NDArray
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
-from qpkv_planner.allocation import Allocation, Choice, Space
+from qpkv_planner.allocation import Allocation, Space
 from qpkv_planner.journal import Entry, Journal
 from qpkv_planner.one_row import Watch, one_row
 from qpkv_planner.prefill import Prepared
+from qpkv_planner.side_by_side import side_by_side
 from qpkv_runtime.cache import PlannedCache, layer_devices, runs_on
 from qpkv_runtime.compression import Scoring, compress, keep
 from qpkv_runtime.errors import NumericsError
@@ -249,25 +250,40 @@ class Evaluator:
         plan = space.probe(allocation)
         cache = PlannedCache(plan, self._devices)
         prompt_tokens = [self.prepared.prompt_tokens[row] for row in self.rows(parts)]
-        scoring = Scoring.of(space.scorer, space.sinks, space.window)
-        for layer, layout in enumerate(cache.ledger.layers):
-            blocks = [self.block(space, plan, scoring, layout, allocation[layer], part) for part in parts]
-            cast(Any, cache.layers[layer]).load(torch.cat(blocks), prompt_tokens)
+        blocks = self.blocks(space, plan, allocation, cache.ledger.layers, parts)
+        for layer, block in zip(cache.layers, blocks, strict=True):
+            cast(Any, layer).load(block, prompt_tokens)
         return cache
 
-    def block(
-        self, space: Space, plan: Plan, scoring: Scoring, layout: LayerLedger, choice: Choice, part: int
-    ) -> Tensor:
-        """One layer's packed block of one part's samples, made once."""
-        heads = plan.heads_of(layout.layer)
-        key = (scoring, heads, space.decode.format, space.decode.reserve_tokens, layout.layer, choice, part)
-        if key not in self._blocks:
-            block = self._compress(plan, scoring, layout, part)
-            self._held_bytes += block.nbytes
-            while self._held_bytes > self.memo_bytes and self._blocks:
-                self._held_bytes -= self._blocks.pop(next(iter(self._blocks))).nbytes
-            self._blocks[key] = block
-        return self._blocks[key]
+    def blocks(
+        self, space: Space, plan: Plan, allocation: Allocation, layouts: Sequence[LayerLedger], parts: Sequence[int]
+    ) -> list[Tensor]:
+        """These layers' packed blocks of these parts' samples; what has not been made before, side by side.
+
+        plan: the probe of the allocation, which the layouts are of.
+        """
+        scoring = Scoring.of(space.scorer, space.sinks, space.window)
+        keys = {
+            (layout.layer, part): (
+                scoring, plan.heads_of(layout.layer), space.decode.format, space.decode.reserve_tokens,
+                layout.layer, allocation[layout.layer], part,
+            )
+            for layout in layouts
+            for part in parts
+        }  # fmt: skip
+        made = {place: self._blocks[key] for place, key in keys.items() if key in self._blocks}
+        missing = [(layout, part) for layout in layouts for part in parts if (layout.layer, part) not in made]
+        new = side_by_side(lambda one: self._compress(plan, scoring, *one), missing, runs_on(self.model))
+        for (layout, part), block in zip(missing, new, strict=True):
+            made[layout.layer, part] = block
+            self._remember(keys[layout.layer, part], block)
+        return [torch.cat([made[layout.layer, part] for part in parts]) for layout in layouts]
+
+    def _remember(self, key: tuple[Any, ...], block: Tensor) -> None:
+        self._held_bytes += block.nbytes
+        while self._held_bytes > self.memo_bytes and self._blocks:
+            self._held_bytes -= self._blocks.pop(next(iter(self._blocks))).nbytes
+        self._blocks[key] = block
 
     def _compress(self, plan: Plan, scoring: Scoring, layout: LayerLedger, part: int) -> Tensor:
         """From wherever the prefill is to the device that the layer runs on."""

@@ -12,6 +12,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
+from functools import partial
 from typing import Any, cast
 
 import torch
@@ -21,9 +22,10 @@ from transformers.cache_utils import Cache, CacheLayerMixin
 
 from qpkv_kernels.attention import causal_attention
 from qpkv_planner.calibration import CONTINUATION_TOKENS, Context, Regime, Sample, Split, Target
+from qpkv_planner.side_by_side import side_by_side
 from qpkv_runtime.attention import Handle
 from qpkv_runtime.cache import layer_parts, runs_on
-from qpkv_runtime.compression import Scoring, observe, to_storage
+from qpkv_runtime.compression import Observation, Scoring, observe, to_storage
 from qpkv_runtime.errors import InputError, NumericsError
 from qpkv_runtime.models.shape import ModelShape
 from qpkv_runtime.scorers import LayerParts, Prefill
@@ -290,25 +292,19 @@ def prepare(
             num_stored += own
             samples.append((index, run.samples[row]))
             logprobs.append(run.logprobs[row])
-        for layer, recorded in enumerate(run.layers):
-            assert recorded.past is not None and recorded.last is not None
-            for name, past, new in (
-                ("key", recorded.past[1], recorded.last[1]),
-                ("value", recorded.past[2], recorded.last[2]),
-            ):
-                pieces = [past[0], *(new[row, :, : run.num_prompt_tokens(row) - num_context] for row in kept)]
-                stored = to_storage(storage_dtype, layer, name, torch.cat(pieces, 1)).transpose(0, 1)
+        remembered = side_by_side(
+            partial(_remember, run, kept, storage_dtype, scorings), range(shape.num_layers), runs_on(model)
+        )
+        for layer, (sides, observations) in enumerate(remembered):
+            for name, stored in sides.items():
                 if (layer, name) not in banks:
                     sizes = (room, *stored.shape[1:])
                     banks[layer, name] = allocate(f"{layer}.{name}s", sizes, stored.dtype, stored.device)
                 banks[layer, name][base:num_stored] = stored
             home = banks[layer, "key"].device
-            for row in kept:
-                prefill = run.prefill(layer, row)
-                for scoring in scorings:
-                    observation = observe(scoring, prefill)
-                    seen = observation.importance[0].to(home), observation.query_stats[0].to(home)
-                    observed[layer][scoring].append(seen)
+            for scoring, of_samples in observations.items():
+                for seen in of_samples:
+                    observed[layer][scoring].append((seen.importance[0].to(home), seen.query_stats[0].to(home)))
         progress()
     if not samples:
         raise InputError(
@@ -340,6 +336,26 @@ def prepare(
         contexts=[context for context, _ in samples],
         part_starts=tuple(part_starts),
     )
+
+
+def _remember(
+    run: ContextRun, kept: Sequence[int], storage_dtype: str, scorings: Sequence[Scoring], layer: int
+) -> tuple[dict[str, Tensor], dict[Scoring, list[Observation]]]:
+    """Of one layer: the keys and values, 16-bit [M, H_kv, D], of the context and then of each of these samples' own
+    prompts; and what every scoring sees of each sample."""
+    recorded, num_context = run.layers[layer], len(run.context.tokens)
+    assert recorded.past is not None and recorded.last is not None
+    sides = {}
+    for name, side in (("key", 1), ("value", 2)):
+        own = (recorded.last[side][row, :, : run.num_prompt_tokens(row) - num_context] for row in kept)
+        together = torch.cat([recorded.past[side][0], *own], 1)
+        sides[name] = to_storage(storage_dtype, layer, name, together).transpose(0, 1)
+    observations: dict[Scoring, list[Observation]] = {scoring: [] for scoring in scorings}
+    for row in kept:
+        prefill = run.prefill(layer, row)
+        for scoring in scorings:
+            observations[scoring].append(observe(scoring, prefill))
+    return sides, observations
 
 
 def _stack(observed: list[tuple[Tensor, Tensor]]) -> Scored:

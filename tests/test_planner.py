@@ -129,12 +129,10 @@ def test_cached_prefill_gives_bitwise_the_kept_tokens_and_codes_of_a_fresh_one(t
                 if search_split.contexts[index].samples[sample].continuation != expected:
                     continue  # left out: the full cache cannot answer it
                 fresh = PlannedCache(plan, [torch.device("cpu")] * space.shape.num_layers, parts)
-                scoring = Scoring.of(scored.scorer, space.sinks, space.window)
-                for layer, cached in enumerate(fresh.layers):
+                blocks = evaluator.blocks(scored, plan, allocation, fresh.ledger.layers, [index])
+                for layer, (cached, block) in enumerate(zip(fresh.layers, blocks, strict=True)):
                     prefill = run.prefill(layer, sample)
                     cached.prefill(prefill.query, prefill.key, prefill.value, None, prefill.scaling, None)
-                    layout = fresh.ledger.layers[layer]
-                    block = evaluator.block(scored, plan, scoring, layout, allocation[layer], index)
                     in_part = row - prepared.part_starts[index]
                     assert torch.equal(fresh.arena.block(layer)[0], block[in_part]), (scorer, layer)
                 row += 1

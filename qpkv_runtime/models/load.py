@@ -20,6 +20,7 @@ from transformers import (
 )
 
 from qpkv_runtime.errors import InputError, ModelNotFoundError, UnsupportedModelError
+from qpkv_runtime.host_memory import keep_freed_blocks
 from qpkv_runtime.models.identity import model_shape
 from qpkv_runtime.models.quiet import quiet_transformers
 from qpkv_runtime.models.resolve import ModelSource, resolve
@@ -52,6 +53,8 @@ def load_model(
     import qpkv_runtime.attention  # noqa: F401  (registers the attention function "qpkv")
 
     place, _ = place_and_dtype(device, dtype)
+    if place.type == "cpu":
+        keep_freed_blocks()
     source = resolve(name)
     common = {"revision": _revision(source, revision), "trust_remote_code": trust_remote_code}
     config = _from_pretrained(AutoConfig, source, **common)
