@@ -203,7 +203,7 @@ class _Session:
 
     def __init__(self, plan: Plan, args: argparse.Namespace) -> None:
         from qpkv_runtime.cache import check_shape
-        from qpkv_runtime.models import load_model, model_shape
+        from qpkv_runtime.models import load_model, model_shape, weights_warning
 
         self.plan, self.args, self.name = plan, args, args.model or plan.model.id
         self.sampling = _sampling(args)
@@ -216,18 +216,10 @@ class _Session:
             raise InputError(f"--system needs a chat template, and {reason}: put the text into the prompt")
         if self.is_raw and not args.raw:
             _say(f"{self.name} has no chat template, so it continues the prompt as it is (--raw)")
-        self._check_weights()
+        if warning := weights_warning(plan.model.weights_hash, self.name, self.model, self.tokenizer):
+            _say(warning)
         self.last: Answer | None = None
         self.text_so_far = ""  # of the answer under the plan, also when it was interrupted
-
-    def _check_weights(self) -> None:
-        from qpkv_runtime.models import model_identity
-
-        planned = self.plan.model.weights_hash
-        if planned is not None and model_identity(self.model, self.tokenizer).weights_hash != planned:
-            _say(
-                f"warning: the plan was made on other weights than those of {self.name}: what it measured may not hold"
-            )
 
     def opening(self, prompt: str) -> list[Message]:
         """A conversation that begins with `prompt`."""

@@ -117,7 +117,7 @@ def _run(args: argparse.Namespace, suites: list[str], plan: Plan | None) -> int:
     from qpkv_planner.evaluation.run import evaluate
     from qpkv_planner.evaluation.samples import Encoder
     from qpkv_runtime.cache import check_shape
-    from qpkv_runtime.models import load_model, load_tokenizer, model_shape
+    from qpkv_runtime.models import load_model, load_tokenizer, model_shape, weights_warning
 
     name = args.model or (plan.model.id if plan is not None else "")
     options = loading_options(args) if plan is None else as_planned(loading_options(args), plan, name)
@@ -127,6 +127,8 @@ def _run(args: argparse.Namespace, suites: list[str], plan: Plan | None) -> int:
     model, tokenizer = load_model(name, **options)
     if plan is not None:
         check_shape(plan, model_shape(model))
+        if warning := weights_warning(plan.model.weights_hash, name, model, tokenizer):
+            _say(warning)
     with warnings.catch_warnings():
         warnings.filterwarnings("ignore", "the prompt has .* tokens, more than")  # said once, below
         if plan is not None and (longest := max(s.length for s in samples)) > plan.budget.context_tokens:

@@ -13,7 +13,7 @@ from qpkv_runtime.models.aliases import KNOWN_MODELS, KnownModel
 from qpkv_runtime.models.shape import ModelShape
 
 if TYPE_CHECKING:
-    from qpkv_runtime.models.identity import ModelIdentity, known_model, model_identity, model_shape
+    from qpkv_runtime.models.identity import ModelIdentity, known_model, model_identity, model_shape, weights_warning
     from qpkv_runtime.models.load import choose_dtype, hub_commit, load_model, load_tokenizer
 
 __all__ = [
@@ -28,6 +28,7 @@ __all__ = [
     "load_tokenizer",
     "model_identity",
     "model_shape",
+    "weights_warning",
 ]
 
 _ON_FIRST_USE = {
@@ -35,6 +36,7 @@ _ON_FIRST_USE = {
     "known_model": "identity",
     "model_identity": "identity",
     "model_shape": "identity",
+    "weights_warning": "identity",
     "choose_dtype": "load",
     "hub_commit": "load",
     "load_model": "load",
