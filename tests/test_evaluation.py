@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import sys
 from collections import Counter
+from dataclasses import replace
 
 import pytest
 from conftest import has_smollm2, keep_all, make_space
@@ -16,6 +17,7 @@ from qpkv_planner.evaluation.comparison import bootstrap, compare
 from qpkv_planner.evaluation.metrics import METRICS
 from qpkv_planner.evaluation.run import evaluate
 from qpkv_planner.evaluation.samples import Encoder, Options, largest
+from qpkv_planner.uniform import uniform_plan
 from qpkv_runtime.errors import InputError
 from qpkv_runtime.models import load_model, load_tokenizer
 from qpkv_runtime.plan import Decode, Scorer
@@ -418,6 +420,19 @@ def test_bad_use_is_one_line_and_exit_2(arguments, message, capsys):
     assert cli.main([*arguments, "--quiet"]) == 2
     out, err = capsys.readouterr()
     assert out == "" and message in err and err.startswith("qpkv-eval: error: ")
+
+
+def test_a_plan_of_another_model_is_refused_and_one_of_other_weights_warned_of(tiny, tmp_path, capsys):
+    few = ["--suites", "niah", "--lengths", "256", "--depths", "0", "--limit", "1", "--quiet"]
+    other, trained = tmp_path / "other.yaml", tmp_path / "trained.yaml"
+    other.write_text(uniform_plan("mistral-7b", "1/16", "snapkv:kivi:4bit").to_yaml())
+    space = make_space(tiny[0], "64MiB", context_tokens=384, decode=Decode(reserve_tokens=64, format="16bit"))
+    section = space.model.model_copy(update={"id": "tiny", "weights_hash": "sha256:" + "0" * 64})
+    trained.write_text(keep_all(replace(space, model=section)).to_yaml())
+    assert cli.main(["--plan", str(other), "--model", "tiny", *few]) == 2
+    assert "the plan is for a model with num_layers = 32, this one has 8" in capsys.readouterr().err
+    assert cli.main(["--plan", str(trained), *few]) == 0
+    assert "the plan was made on other weights than those of tiny" in capsys.readouterr().err
 
 
 def test_templates_can_be_replaced_and_mistakes_are_named(encoder, tmp_path):
