@@ -5,6 +5,7 @@
 #
 # Needs torch, transformers, triton, pytest and hypothesis, and no network. pydantic and what it needs may lie as wheels
 # in .wheels/ (`pip download --only-binary=:all: -d .wheels pydantic`, for the device's Python, and carry it along).
+# Launches are the kernels' defaults; QPKV_AUTOTUNE=1 times others first, whose compiling alone takes minutes.
 # --smoke: small shapes on whatever device is there, to see that everything runs. What fails is logged, does not stop
 # the rest, and makes the exit status 1.
 set -uo pipefail
@@ -22,6 +23,7 @@ mkdir -p "$OUT"
 LOG=$OUT/gpu.log
 : >"$LOG"
 export PYTHONPATH=$PWD:$PWD/kernels${PYTHONPATH:+:$PYTHONPATH} HF_HUB_OFFLINE=1 TRANSFORMERS_OFFLINE=1
+export QPKV_AUTOTUNE=${QPKV_AUTOTUNE:-0}
 export QPKV_COMMIT=${QPKV_COMMIT:-$(git describe --always --dirty 2>/dev/null || echo unknown)}
 status=0
 
@@ -52,9 +54,12 @@ if [ ${#SMOKE[@]} -eq 0 ] && ! "$PYTHON" -c 'import sys, torch; sys.exit(not tor
     exit 2
 fi
 pytest=("$PYTHON" -m pytest -q -p no:cacheprovider)
+if [ ${#SMOKE[@]} -eq 0 ] && "$PYTHON" -c 'import xdist' 2>/dev/null; then
+    pytest+=(-n 8) # most of the time is compiling
+fi
 run "tests marked gpu" 110 "${pytest[@]}" -m gpu tests/test_gpu.py $(grep -lE 'mark\.gpu' tests/test_*.py | grep -v test_gpu.py)
 if [ ${#SMOKE[@]} -eq 0 ]; then
-    run "kernel tests on the device" 100 "${pytest[@]}" $(ls tests/test_*kernel.py)
+    run "kernel tests on the device" 100 "${pytest[@]}" tests/test_{decode_kernel,append_kernel,write_kernels,score_kernels}.py
 fi
 run "layer" 120 "$PYTHON" benchmarks/gpu/layer.py --out "$OUT" "${SMOKE[@]}"
 run "end to end" 190 "$PYTHON" benchmarks/gpu/end_to_end.py --model "$MODEL" --seconds 160 --out "$OUT" "${SMOKE[@]}"

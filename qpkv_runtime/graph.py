@@ -143,9 +143,9 @@ class DecodeLoop:
         self._num_launched += 1
         if self._num_launched == WARM_UP_STEPS:
             graph = torch.cuda.CUDAGraph()
+            self.cache.advance(-1)  # what is captured is counted, but not run
             with torch.cuda.graph(graph, stream=self._stream):
                 self._step()
-            self.cache.advance(-1)  # captured, not run
             self._graph = graph
 
     def _step(self) -> None:

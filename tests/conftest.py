@@ -11,6 +11,7 @@ import torch
 
 if not torch.cuda.is_available():
     os.environ["TRITON_INTERPRET"] = "1"  # read when a module with kernels is imported
+os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")  # what cuBLAS needs in deterministic mode
 from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedModel
 
 import qpkv_runtime.attention  # noqa: F401  (registers the attention function "qpkv")

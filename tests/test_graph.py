@@ -228,9 +228,11 @@ def test_a_captured_step_gives_the_tokens_of_the_eager_loop_and_never_waits(fami
         model(prefill_again, past_key_values=cache, use_cache=True)
     graph = loop._graph
     assert torch.equal(loop.run(first, 40), expected) and loop._graph is graph
+    eager = DecodeLoop(model, cache, use_graph=False)
+    eager.token = first.clone()
     torch.cuda.set_sync_debug_mode("error")
     try:
         loop._launch()
-        DecodeLoop(model, cache, use_graph=False)._step()
+        eager._step()
     finally:
         torch.cuda.set_sync_debug_mode("default")

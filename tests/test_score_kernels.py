@@ -11,6 +11,7 @@ from test_decode_kernel import DEVICE
 from torch import Tensor
 
 from qpkv_kernels import score
+from qpkv_kernels.decode import is_interpreted
 from qpkv_runtime import scorers
 from qpkv_runtime.compression import Scoring, observe, rank
 from qpkv_runtime.errors import BackendError
@@ -93,8 +94,9 @@ def test_softcapped_logits_and_sliding_windows(softcap, sliding, monkeypatch):
     check(make_prefill(100, softcap=softcap, sliding=sliding), monkeypatch)
 
 
-def test_a_padded_row_gets_bit_for_bit_what_it_gets_alone(monkeypatch):
-    """Padding queries and several runs of tokens too."""
+def test_a_padded_row_gets_what_it_gets_alone(monkeypatch):
+    """Padding queries and several runs of tokens too. Bit for bit but for the interpreter, whose products are numpy's:
+    on some machines those of fewer rows are rounded otherwise."""
     monkeypatch.setattr(score, "RUN", 64)
     batch = make_prefill(150, 8, heads=2, padding=(0, 37, 146))
     check(batch, monkeypatch)
@@ -106,7 +108,9 @@ def test_a_padded_row_gets_bit_for_bit_what_it_gets_alone(monkeypatch):
             batch.scaling, None, None, window=8,
         )  # fmt: skip
         share = alone.query.shape[2] / 8  # the mean is over padding queries too
-        assert torch.equal(together[row, :, padding:], scorers.received_attention(alone)[0] * share)
+        by_itself = scorers.received_attention(alone)[0] * share
+        tolerance = 1e-6 if is_interpreted() else 0.0
+        assert torch.allclose(together[row, :, padding:], by_itself, rtol=tolerance, atol=0)
         assert not together[row, :, :padding].any()
 
 

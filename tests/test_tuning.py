@@ -31,11 +31,15 @@ def layout(tokens: int = 512) -> BlockLayout:
     return block_layout(0, ((fmt("rotated4"), tokens), RESERVE), make_shape(8, 128, (None,), 4), "float16")
 
 
+def launches() -> list[Launch]:
+    return tuning.candidates(layout(), 4, torch.float16, 90)
+
+
 class Timer:
     """Every launch takes 2 ms, and this one less."""
 
     def __init__(self, best: int) -> None:
-        self.best, self.timed = tuning.candidates(layout(), 90)[best], list[Launch]()
+        self.best, self.timed = launches()[best], list[Launch]()
 
     def __call__(self, launch: Launch) -> float:
         self.timed.append(launch)
@@ -49,10 +53,19 @@ def choose(timer: Timer, tokens: int = 512, batch: int = 1) -> Launch:
 @pytest.mark.parametrize("best", [0, 3, 7])
 def test_the_fastest_is_taken_once_for_all_layers_that_are_alike(best: int):
     timer = Timer(best)
-    assert choose(timer) == timer.best and len(timer.timed) == len(tuning.candidates(layout(), 90))
-    assert choose(timer, tokens=400) == timer.best and len(timer.timed) == len(tuning.candidates(layout(), 90))
+    assert choose(timer) == timer.best and len(timer.timed) == len(launches())
+    assert choose(timer, tokens=400) == timer.best and len(timer.timed) == len(launches())
     choose(timer, batch=2)
-    assert len(timer.timed) == 2 * len(tuning.candidates(layout(), 90)), "another batch is another measurement"
+    assert len(timer.timed) == 2 * len(launches()), "another batch is another measurement"
+
+
+def test_a_launch_that_the_kernel_does_not_have_for_a_layout_is_left_out():
+    """Sixteen token groups of 8 query heads are more rows than a tile has."""
+    narrow = block_layout(
+        0, ((fmt("kivi2/32"), 512), (fmt("flexgen4/64"), 7)), make_shape(1, 128, (None,), 8), "float16"
+    )
+    found = tuning.candidates(narrow, 8, torch.float16, 90)
+    assert 1 < len(found) < len(launches()) and found[0] == default_launch(narrow, 90)
 
 
 def test_another_process_reads_what_was_measured(monkeypatch: pytest.MonkeyPatch):

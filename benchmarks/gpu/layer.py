@@ -85,7 +85,12 @@ def measure(
         for name, make in group.items():
             wanted = 2 if is_smoke else 32
             rows.attempt({**where, "what": name}, partial(build, made, name, make, batch, device, wanted, len(group)))
-        times = timed({name: each.call for name, each in made.items()}, device, repeats) if made else {}
+        try:
+            times = timed({name: each.call for name, each in made.items()}, device, repeats) if made else {}
+        except torch.cuda.OutOfMemoryError:
+            for name in made:
+                rows.add(**where, what=name, note="does not fit beside the others")
+            continue
         for name, each in made.items():
             num_layers, taken = each.num_layers, times[name]
             for key in ("p20_us", "p50_us", "p80_us"):
@@ -129,7 +134,10 @@ def tier_bytes(plan: Any) -> int:
 
 
 def how_many_layers(bytes_a_layer: int, device: torch.device, wanted: int, sharing: int) -> int:
-    """As many as fit in a part of two thirds of the memory, `wanted` at most. Raises what says that they do not."""
+    """`wanted`, or as many more as hold eight times the L2 cache, as far as they fit in a part of two thirds of the
+    memory. Raises what says that not one does."""
+    if device.type == "cuda":
+        wanted = max(wanted, -(-8 * torch.cuda.get_device_properties(device).L2_cache_size // max(1, bytes_a_layer)))
     fitting = total_bytes(device) * 2 // 3 // sharing // max(1, bytes_a_layer)
     if fitting < 1:
         raise torch.cuda.OutOfMemoryError(f"a layer takes {bytes_a_layer} bytes")
@@ -220,7 +228,10 @@ def quantized_cache(tokens: int, batch: int, device: torch.device, wanted: int, 
         return "not installed: optimum-quanto"
     from transformers import MistralConfig, QuantizedCache
 
-    shape, num_layers = KNOWN_MODELS["mistral-7b"].shape, min(wanted, 4)
+    shape = KNOWN_MODELS["mistral-7b"].shape
+    values = shape.num_kv_heads * (tokens - tokens % 64) * shape.head_size
+    row_bytes = 2 * (values // 2 + values // 64 * 4)
+    num_layers = how_many_layers(batch * row_bytes, device, min(wanted, 4), sharing)
     config = MistralConfig(
         num_hidden_layers=num_layers, num_attention_heads=shape.num_query_heads,
         num_key_value_heads=shape.num_kv_heads, head_dim=shape.head_size, sliding_window=None,
@@ -236,8 +247,7 @@ def quantized_cache(tokens: int, batch: int, device: torch.device, wanted: int, 
             keys, values = cache.update(*new, layer)
             F.scaled_dot_product_attention(query, keys, values, enable_gqa=True)
 
-    values = size[1] * size[2] * size[3]
-    return Made(call, 2 * (values // 2 + values // 64 * 4), num_layers)
+    return Made(call, row_bytes, num_layers)
 
 
 def _query(batch: int, device: torch.device) -> torch.Tensor:

@@ -19,7 +19,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from qpkv_kernels.block import BlockLayout, Side, UnsupportedByKernelsError
+from qpkv_kernels.block import BlockLayout, Side, UnsupportedByKernelsError, on_its_device
 from qpkv_kernels.decode import TRITON_DTYPES, hadamard, widest_run
 from qpkv_kernels.layout import quantum_tokens
 from qpkv_kernels.quantize import (
@@ -169,6 +169,7 @@ def _side(side: Side, head_size: int, clips: Clips) -> tuple[Any, ...]:
     return side.bits, side.scales, group, quantum_tokens(side.bits), side.vectors, clips.get(side.bits, (1.0,))
 
 
+@on_its_device
 def append(
     key: Tensor, value: Tensor, block: Tensor, layout: BlockLayout, places: Tensor, prompt: Tensor, appended: Tensor,
     problems: Tensor, limit: float, clips: Clips, offset: int = 0,

@@ -7,9 +7,10 @@ table that kernels read beside the block, `places`, lies on its device. No trito
 from __future__ import annotations
 
 import json
+from collections.abc import Callable
 from dataclasses import asdict, dataclass
-from functools import cached_property, lru_cache
-from typing import Literal
+from functools import cached_property, lru_cache, wraps
+from typing import Concatenate, Literal, ParamSpec, TypeVar
 
 import torch
 from torch import Tensor
@@ -21,8 +22,25 @@ LEAST_GROUP = 16  # channels that share a scale: the least depth of a matrix pro
 Scales = Literal["none", "channel", "token", "rotated"]
 
 
+Rest = ParamSpec("Rest")
+Result = TypeVar("Result")
+
+
 class UnsupportedByKernelsError(Exception):
     """What the kernels do not cover; the text says the rule and what arrived."""
+
+
+def on_its_device(launch: Callable[Concatenate[Tensor, Rest], Result]) -> Callable[Concatenate[Tensor, Rest], Result]:
+    """Launch on the first argument's device: Triton takes the current one, whatever its tensors are on."""
+
+    @wraps(launch)
+    def there(x: Tensor, /, *args: Rest.args, **kwargs: Rest.kwargs) -> Result:
+        if not x.is_cuda:
+            return launch(x, *args, **kwargs)
+        with torch.cuda.device(x.device):
+            return launch(x, *args, **kwargs)
+
+    return there
 
 
 @dataclass(frozen=True)

@@ -32,7 +32,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from qpkv_kernels.block import BlockLayout, Side, UnsupportedByKernelsError
+from qpkv_kernels.block import BlockLayout, Side, UnsupportedByKernelsError, on_its_device
 from qpkv_kernels.layout import quantum_tokens
 
 MOST_ROWS = 64
@@ -609,6 +609,7 @@ def make_runs(layout: BlockLayout, tiles: tuple[int, ...], rows: int, programs: 
     return torch.tensor(runs, dtype=torch.int32, device=device)
 
 
+@on_its_device
 def attend(
     query: Tensor, block: Tensor, layout: BlockLayout, places: Tensor, prompt: Tensor, appended: Tensor,
     scaling: float, softcap: float | None = None, offset: int = 0, launch: Launch | None = None,

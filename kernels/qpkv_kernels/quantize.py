@@ -34,7 +34,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from qpkv_kernels.block import BlockLayout, UnsupportedByKernelsError
+from qpkv_kernels.block import BlockLayout, UnsupportedByKernelsError, on_its_device
 from qpkv_kernels.decode import TRITON_DTYPES, hadamard, is_interpreted
 from qpkv_kernels.layout import quantum_tokens
 
@@ -413,6 +413,7 @@ class Kept:
     positions: Tensor | None
 
 
+@on_its_device
 def write_tier(
     block: Tensor, layout: BlockLayout, places: Tensor, offsets: Tensor, tier: int, prompt: Prompt, kept: Kept,
     problems: Tensor, limit: float, clips: Mapping[int, tuple[float, ...]],
@@ -472,6 +473,7 @@ def write_launch(
     }  # fmt: skip
 
 
+@on_its_device
 def key_moments(keys: Tensor, kept: Sequence[Kept], dtype: torch.dtype) -> Tensor:
     """float64 [B, H_kv, 3, D]: sum, sum of squares and largest magnitude of a head's kept keys in all tiers, as stored
     in the 16-bit type `dtype`. keys: as in `Prompt`."""

@@ -21,7 +21,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from qpkv_kernels.block import HEAD_SIZES, UnsupportedByKernelsError
+from qpkv_kernels.block import HEAD_SIZES, UnsupportedByKernelsError, on_its_device
 from qpkv_kernels.decode import LOG2_E_, TRITON_DTYPES, is_interpreted
 
 RUN, MOST_ROWS = 1024, 64
@@ -138,6 +138,7 @@ def _received(
     tl.store(OUT + pair * num_tokens + token, received / num_rows, mask=token < num_tokens)
 
 
+@on_its_device
 def received_attention(
     query: Tensor,
     key: Tensor,

@@ -14,27 +14,37 @@ import json
 import os
 from collections.abc import Callable
 from dataclasses import asdict, replace
+from functools import lru_cache
 from pathlib import Path
 from typing import Any
 
 import torch
 import triton
 
-from qpkv_kernels.block import BlockLayout
-from qpkv_kernels.decode import Launch, arch_of, default_launch
+from qpkv_kernels.block import BlockLayout, UnsupportedByKernelsError
+from qpkv_kernels.decode import Launch, arch_of, constants, default_launch, is_interpreted
 
 VARIABLE = "QPKV_AUTOTUNE"
 Timer = Callable[[Launch], float]  # -> milliseconds of one call
 _known: dict[str, Launch] = {}
 
 
-def candidates(layout: BlockLayout, arch: int) -> list[Launch]:
-    """The default first; then wider tiles, another depth of the pipeline, more and fewer splits."""
+def candidates(layout: BlockLayout, gqa: int, query_dtype: torch.dtype, arch: int) -> list[Launch]:
+    """The default first; then wider tiles, another depth of the pipeline, more and fewer splits: those of them that the
+    kernel has for this layout."""
     default = default_launch(layout, arch)
     wide = [replace(default, words=words, num_warps=warps) for words, warps in ((32, 2), (64, 2), (64, 4))]
     deep = [replace(default, num_stages=stages) for stages in (2, 4)]
     split = [replace(default, programs=programs) for programs in (4, 8, 32)]
-    return [default, *wide, *deep, *split]
+    return [default, *(launch for launch in (*wide, *deep, *split) if _exists(layout, gqa, query_dtype, launch))]
+
+
+def _exists(layout: BlockLayout, gqa: int, query_dtype: torch.dtype, launch: Launch) -> bool:
+    try:
+        constants(layout, query_dtype, gqa, launch, is_interpreted())
+    except UnsupportedByKernelsError:  # a wide tile spans more token groups than the kernel has rows for
+        return False
+    return True
 
 
 def choose(
@@ -48,10 +58,11 @@ def choose(
     if name not in _known:
         if torch.cuda.is_current_stream_capturing():
             return default_launch(layout, arch)
-        _known[name] = remembered(name) or fastest(name, candidates(layout, arch), time)
+        _known[name] = remembered(name) or fastest(name, candidates(layout, gqa, query_dtype, arch), time)
     return _known[name]
 
 
+@lru_cache(maxsize=4096)  # every layer asks at every step that is not replayed
 def key(layout: BlockLayout, num_rows: int, gqa: int, query_dtype: torch.dtype, gpu: str) -> str:
     """What a measurement is good for, as text."""
     segments = tuple(replace(segment, capacity=triton.next_power_of_2(segment.capacity)) for segment in layout.segments)
