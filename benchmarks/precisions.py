@@ -1,12 +1,14 @@
-"""What bits cost: every quantizer at the same kept tokens, and MiKV's two tiers against eviction at the same bytes.
+"""What bits cost: under every scorer and quantizer at the same kept tokens, and MiKV's two tiers against eviction.
 
     python -m benchmarks.precisions bits --model smollm2      (cross-entropy and KL by kind; held-out samples)
+    python -m benchmarks.precisions scorers --model smollm2   (likewise, in rotated codes; heads shared in every way)
+    python -m benchmarks.precisions tiers --model smollm2     (likewise, the settings of the ladder)
     python -m benchmarks.precisions ladder --model tiny       (key-value lines; asked in the prompt, or only later)
 
 `bits` keeps 256 of 1,024 tokens in every layer and writes them in each format; generated tokens are 16 bit, so that
-nothing else differs. `ladder` gives every setting the same exact bytes: the important tokens at 16 bit and all others
-at a few bits with nothing evicted (MiKV), eviction alone, or one width for all. Its questions stand in the prompt
-that is compressed, or come after it, about one of the first lines ("later"). Rows go to
+nothing else differs. `scorers` keeps 32, 96 and 256. `ladder` gives every setting the same exact bytes: the important
+tokens at 16 bit and all others at a few bits with nothing evicted (MiKV), eviction alone, or one width for all. Its
+questions stand in the prompt that is compressed, or come after it, about one of the first lines ("later"). Rows go to
 benchmarks/results/<command>_<model>.csv with hardware and commit.
 """
 
@@ -17,6 +19,7 @@ import random
 import sys
 import time
 from collections.abc import Sequence
+from dataclasses import replace
 from pathlib import Path
 
 import torch
@@ -25,14 +28,16 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 from benchmarks.where import RESULTS, where, write_rows
 from qpkv_planner.allocation import Choice, Space, uniform
 from qpkv_planner.calibration import make_split
-from qpkv_planner.measurement import Evaluator, interval
+from qpkv_planner.heads import measure_heads
+from qpkv_planner.measurement import Evaluator, Losses, interval
 from qpkv_planner.prefill import prepare
 from qpkv_planner.session import describe
 from qpkv_runtime.cache import PlannedCache
 from qpkv_runtime.compression import Scoring
+from qpkv_runtime.methods import SCORERS
 from qpkv_runtime.models import load_model
 from qpkv_runtime.overview import table
-from qpkv_runtime.plan import Decode, Model, Scorer
+from qpkv_runtime.plan import UNIFORM, Decode, Heads, Model, Scorer
 
 KINDS = ("number", "word", "place", "text")
 LOW_BIT = ("flexgen", "kivi", "kvquant", "hqq", "mikv", "rotated", "paper_hqq")
@@ -49,14 +54,17 @@ BIT_FORMATS = (
     "rotated-k3v2",
     "kivi-k3v2",
 )
+SCORED_TOKENS = (32, 96, 256)
+SCORED_FORMATS = ("16bit", "rotated-k8v8", "rotated-k4v4", "rotated-k3v3", "rotated-k2v2")
+SHARED_FORMATS = ("16bit", "rotated-k4v4")  # with heads of unlike counts
 BATCH = 6  # prompts of the ladder at a time
 LADDER_BUDGETS = ("1/3", "1/6")
 RESTS = ("mikv-k4v4", "mikv-k3v3", "mikv-k2v2", "flexgen-k4v4", "flexgen-k2v2")  # mikv is flexgen with its balancer
-UNIFORM = ("flexgen-k4v4", "flexgen-k2v2", "rotated-k2v2")
+ONE_WIDTH = ("flexgen-k4v4", "flexgen-k2v2", "rotated-k2v2")
 LADDER = {  # name: (how tokens are divided, in which format)
     "h2o eviction": ("eviction", "16bit"),
     "snapkv eviction": ("eviction", "16bit"),
-    **{f"one width {name}": ("one width", name) for name in UNIFORM},
+    **{f"one width {name}": ("one width", name) for name in ONE_WIDTH},
     **{f"16bit + {rest}": ("two tiers", rest) for rest in RESTS},
 }
 WHENS = ("in the prompt", "later")
@@ -68,7 +76,7 @@ NOUNS = "rocket saddle button camera carpet cherry cloud coffee river castle gar
 
 def main() -> int:
     parser = argparse.ArgumentParser(description=(__doc__ or "").partition("\n\n")[0])
-    parser.add_argument("command", choices=["bits", "ladder"])
+    parser.add_argument("command", choices=["bits", "scorers", "tiers", "ladder"])
     parser.add_argument("--model", default="smollm2")
     parser.add_argument("--context-length", type=int, default=1024)
     parser.add_argument("--contexts", type=int, default=8)
@@ -77,7 +85,7 @@ def main() -> int:
     arguments = parser.parse_args()
     started, here = time.monotonic(), where()
     model, tokenizer = load_model(arguments.model)
-    measure = bits if arguments.command == "bits" else ladder
+    measure = {"bits": bits, "scorers": scorers, "tiers": tiers, "ladder": ladder}[arguments.command]
     rows = measure(model, tokenizer, arguments)
     about = {
         "model": arguments.model,
@@ -108,25 +116,104 @@ def bits(
     for format in arguments.formats or BIT_FORMATS:
         allocation = [Choice(KEPT_TOKENS, format)] * section.num_layers
         losses = evaluator.evaluate(space, allocation)
-        over = interval(losses, "ce", minus=reference)
-        kinds = losses.by_kind()
         rows.append(
             {
                 "format": format,
                 "tokens": str(KEPT_TOKENS),
                 "bytes": str(space.bytes(allocation)),
                 "samples": str(len(prepared)),
-                "cross_entropy": f"{losses.mean('ce'):.4f}",
-                "over_16bit": f"{over.mean:.4f}",
-                "over_16bit_low": f"{over.low:.4f}",
-                "over_16bit_high": f"{over.high:.4f}",
-                "kl": f"{losses.mean('kl'):.4f}",
-                "exact": f"{losses.mean('exact'):.3f}",
-                **{f"ce_{kind}": f"{kinds[kind]['cross_entropy']:.3f}" if kind in kinds else "" for kind in KINDS},
+                **_losses_row(losses, "over_16bit", reference),
                 "full_cross_entropy": f"{full.mean('ce'):.4f}",
             }
         )
         print(f"{format:<22} {losses.mean('ce'):.3f}  text {rows[-1]['ce_text']}", file=sys.stderr, flush=True)
+    return rows
+
+
+def _losses_row(losses: Losses, over: str, reference: Losses) -> dict[str, str]:
+    """over: what to call the paired difference of the cross-entropy to `reference`."""
+    change, kinds = interval(losses, "ce", minus=reference), losses.by_kind()
+    return {
+        "cross_entropy": f"{losses.mean('ce'):.4f}",
+        over: f"{change.mean:.4f}",
+        f"{over}_low": f"{change.low:.4f}",
+        f"{over}_high": f"{change.high:.4f}",
+        "kl": f"{losses.mean('kl'):.4f}",
+        "exact": f"{losses.mean('exact'):.3f}",
+        **{f"ce_{kind}": f"{kinds[kind]['cross_entropy']:.3f}" if kind in kinds else "" for kind in KINDS},
+    }
+
+
+def scorers(
+    model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, arguments: argparse.Namespace
+) -> list[dict[str, str]]:
+    """Every scorer, in every way of sharing heads, at the same kept tokens, on the validation split."""
+    split = make_split(tokenizer, "validation", arguments.contexts, arguments.context_length, seed=0)
+    section = describe(model, tokenizer, arguments.model, split.contexts[0])
+    spaces = {name: _space(section, "100%", arguments.context_length, name, "16bit") for name in SCORERS}
+    scorings = [Scoring.of(space.scorer, space.sinks, space.window) for space in spaces.values()]
+    prepared = prepare(model, section.shape, section.storage_dtype, split, scorings, 1, lambda: None)
+    needles = make_split(tokenizer, "search", arguments.contexts, arguments.context_length, seed=0)
+    sharings = {
+        "uniform": (UNIFORM, SCORED_FORMATS),
+        "adaptive": (Heads(share="adaptive"), SHARED_FORMATS),
+        "weighted": (measure_heads(model, section.shape, needles), SHARED_FORMATS),
+    }
+    evaluator, rows = Evaluator(model, prepared), []
+    full = evaluator.full()
+    for name, space in spaces.items():
+        for share, (heads, formats) in sharings.items():
+            shared = replace(space, heads=heads)
+            for tokens in SCORED_TOKENS:
+                for format in formats:
+                    allocation = [Choice(tokens, format)] * section.num_layers
+                    losses = evaluator.evaluate(shared, allocation)
+                    kinds = losses.by_kind()
+                    rows.append(
+                        {
+                            "scorer": name,
+                            "heads": share,
+                            "tokens": str(tokens),
+                            "format": format,
+                            "bytes": str(shared.bytes(allocation)),
+                            "samples": str(len(prepared)),
+                            **_losses_row(losses, "over_full", full),
+                            **{f"exact_{kind}": f"{kinds[kind]['exact']:.2f}" for kind in KINDS[:-1] if kind in kinds},
+                        }
+                    )
+                    print(" ".join(list(rows[-1].values())[:7]), file=sys.stderr, flush=True)
+    return rows
+
+
+def tiers(
+    model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, arguments: argparse.Namespace
+) -> list[dict[str, str]]:
+    """The ladder's settings on the validation split, at equal exact bytes."""
+    split = make_split(tokenizer, "validation", arguments.contexts, arguments.context_length, seed=0)
+    section = describe(model, tokenizer, arguments.model, split.contexts[0])
+    made = {
+        (budget, name): setting
+        for budget in LADDER_BUDGETS
+        for name in LADDER
+        if (setting := ladder_setting(section, budget, arguments.context_length, name)) is not None
+    }
+    scorings = list(dict.fromkeys(Scoring.of(space.scorer, space.sinks, space.window) for space, _ in made.values()))
+    prepared = prepare(model, section.shape, section.storage_dtype, split, scorings, 1, lambda: None)
+    evaluator, rows = Evaluator(model, prepared), []
+    full = evaluator.full()
+    for (budget, name), (space, allocation) in made.items():
+        losses = evaluator.evaluate(space, tuple(allocation))
+        rows.append(
+            {
+                "budget": budget,
+                "setting": name,
+                "tokens": " + ".join(str(count) for count, _ in allocation[0].tiers),
+                "bytes": str(space.bytes(allocation)),
+                "samples": str(len(prepared)),
+                **_losses_row(losses, "over_full", full),
+            }
+        )
+        print(" ".join(list(rows[-1].values())[:7]), file=sys.stderr, flush=True)
     return rows
 
 
