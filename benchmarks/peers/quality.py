@@ -302,9 +302,13 @@ def _prefill(model: Any, peer: Peer, most: int | None) -> Prefill:
 
 
 def _step(quantized: dict[str, Any], config: Any) -> int:
-    """Tokens that a QuantizedCache can only take as a whole: quanto's groups run over a layer's heads and tokens."""
+    """Tokens that a QuantizedCache can only take as a whole: quanto's groups run over a layer's heads and tokens; hqq
+    packs as many groups together as codes fit into a byte."""
     group = int(quantized["q_group_size"])
-    return group // math.gcd(group, config.num_key_value_heads) if quantized["backend"] == "quanto" else 1
+    if quantized["backend"] == "quanto":
+        return group // math.gcd(group, config.num_key_value_heads)
+    in_a_byte, of_a_token = 8 // int(quantized["nbits"]), config.num_key_value_heads * _head_size(config) // group
+    return in_a_byte // math.gcd(in_a_byte, of_a_token)
 
 
 def _quantized_tokens(quantized: dict[str, Any], config: Any, limit: int) -> int:
