@@ -59,9 +59,7 @@ SCORED_FORMATS = ("16bit", "rotated-k8v8", "rotated-k4v4", "rotated-k3v3", "rota
 SHARED_FORMATS = ("16bit", "rotated-k4v4")  # with heads of unlike counts
 BATCH = 6  # prompts of the ladder at a time
 LADDER_BUDGETS = ("1/3", "1/5", "1/6")
-RESTS = tuple(
-    f"{name}-k{bits}v{bits}" for name in ("mikv", "flexgen") for bits in (4, 3, 2)
-)  # with, without a balancer
+RESTS = tuple(f"{name}-k{bits}v{bits}" for name in ("mikv", "flexgen") for bits in (4, 3, 2))  # mikv has the balancer
 ONE_WIDTH = ("flexgen-k4v4", "flexgen-k2v2", "rotated-k2v2")
 LADDER = {  # name: (how tokens are divided, in which format)
     "h2o eviction": ("eviction", "16bit"),
