@@ -27,7 +27,7 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from benchmarks.where import RESULTS, where, write_rows
 from qpkv_planner.allocation import Choice, Space, uniform
-from qpkv_planner.calibration import make_split
+from qpkv_planner.calibration import Split, make_split
 from qpkv_planner.heads import measure_heads
 from qpkv_planner.measurement import Evaluator, Losses, interval
 from qpkv_planner.prefill import prepare
@@ -105,12 +105,9 @@ def bits(
     model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, arguments: argparse.Namespace
 ) -> list[dict[str, str]]:
     """Every format at the same kept tokens, on the validation split."""
-    split = make_split(tokenizer, "validation", arguments.contexts, arguments.context_length, seed=0)
-    section = describe(model, tokenizer, arguments.model, split.contexts[0])
+    split, section = _validation(model, tokenizer, arguments)
     space = _space(section, "100%", arguments.context_length, "snapkv", "16bit")
-    scoring = Scoring.of(space.scorer, space.sinks, space.window)
-    prepared = prepare(model, section.shape, section.storage_dtype, split, [scoring], 1, lambda: None)
-    evaluator, rows = Evaluator(model, prepared), []
+    evaluator, rows = _evaluator(model, split, [space]), []
     full = evaluator.full()
     reference = evaluator.evaluate(space, [Choice(KEPT_TOKENS, "16bit")] * section.num_layers)
     for format in arguments.formats or BIT_FORMATS:
@@ -120,9 +117,7 @@ def bits(
             {
                 "format": format,
                 "tokens": str(KEPT_TOKENS),
-                "bytes": str(space.bytes(allocation)),
-                "samples": str(len(prepared)),
-                **_losses_row(losses, "over_16bit", reference),
+                **_measured(space, allocation, losses, "over_16bit", reference),
                 "full_cross_entropy": f"{full.mean('ce'):.4f}",
             }
         )
@@ -130,10 +125,28 @@ def bits(
     return rows
 
 
-def _losses_row(losses: Losses, over: str, reference: Losses) -> dict[str, str]:
+def _validation(
+    model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, arguments: argparse.Namespace
+) -> tuple[Split, Model]:
+    split = make_split(tokenizer, "validation", arguments.contexts, arguments.context_length, seed=0)
+    return split, describe(model, tokenizer, arguments.model, split.contexts[0])
+
+
+def _evaluator(model: PreTrainedModel, split: Split, spaces: Sequence[Space]) -> Evaluator:
+    """Of plans in these spaces."""
+    scorings = list(dict.fromkeys(Scoring.of(space.scorer, space.sinks, space.window) for space in spaces))
+    section = spaces[0].model
+    return Evaluator(model, prepare(model, section.shape, section.storage_dtype, split, scorings, 1, lambda: None))
+
+
+def _measured(
+    space: Space, allocation: Sequence[Choice], losses: Losses, over: str, reference: Losses
+) -> dict[str, str]:
     """over: what to call the paired difference of the cross-entropy to `reference`."""
     change, kinds = interval(losses, "ce", minus=reference), losses.by_kind()
     return {
+        "bytes": str(space.bytes(allocation)),
+        "samples": str(len(losses.ce)),
         "cross_entropy": f"{losses.mean('ce'):.4f}",
         over: f"{change.mean:.4f}",
         f"{over}_low": f"{change.low:.4f}",
@@ -148,18 +161,15 @@ def scorers(
     model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, arguments: argparse.Namespace
 ) -> list[dict[str, str]]:
     """Every scorer, in every way of sharing heads, at the same kept tokens, on the validation split."""
-    split = make_split(tokenizer, "validation", arguments.contexts, arguments.context_length, seed=0)
-    section = describe(model, tokenizer, arguments.model, split.contexts[0])
+    split, section = _validation(model, tokenizer, arguments)
     spaces = {name: _space(section, "100%", arguments.context_length, name, "16bit") for name in SCORERS}
-    scorings = [Scoring.of(space.scorer, space.sinks, space.window) for space in spaces.values()]
-    prepared = prepare(model, section.shape, section.storage_dtype, split, scorings, 1, lambda: None)
+    evaluator, rows = _evaluator(model, split, list(spaces.values())), []
     needles = make_split(tokenizer, "search", arguments.contexts, arguments.context_length, seed=0)
     sharings = {
         "uniform": (UNIFORM, SCORED_FORMATS),
         "adaptive": (Heads(share="adaptive"), SHARED_FORMATS),
         "weighted": (measure_heads(model, section.shape, needles), SHARED_FORMATS),
     }
-    evaluator, rows = Evaluator(model, prepared), []
     full = evaluator.full()
     for name, space in spaces.items():
         for share, (heads, formats) in sharings.items():
@@ -175,9 +185,7 @@ def scorers(
                             "heads": share,
                             "tokens": str(tokens),
                             "format": format,
-                            "bytes": str(shared.bytes(allocation)),
-                            "samples": str(len(prepared)),
-                            **_losses_row(losses, "over_full", full),
+                            **_measured(shared, allocation, losses, "over_full", full),
                             **{f"exact_{kind}": f"{kinds[kind]['exact']:.2f}" for kind in KINDS[:-1] if kind in kinds},
                         }
                     )
@@ -189,17 +197,14 @@ def tiers(
     model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, arguments: argparse.Namespace
 ) -> list[dict[str, str]]:
     """The ladder's settings on the validation split, at equal exact bytes."""
-    split = make_split(tokenizer, "validation", arguments.contexts, arguments.context_length, seed=0)
-    section = describe(model, tokenizer, arguments.model, split.contexts[0])
+    split, section = _validation(model, tokenizer, arguments)
     made = {
         (budget, name): setting
         for budget in LADDER_BUDGETS
         for name in LADDER
         if (setting := ladder_setting(section, budget, arguments.context_length, name)) is not None
     }
-    scorings = list(dict.fromkeys(Scoring.of(space.scorer, space.sinks, space.window) for space, _ in made.values()))
-    prepared = prepare(model, section.shape, section.storage_dtype, split, scorings, 1, lambda: None)
-    evaluator, rows = Evaluator(model, prepared), []
+    evaluator, rows = _evaluator(model, split, [space for space, _ in made.values()]), []
     full = evaluator.full()
     for (budget, name), (space, allocation) in made.items():
         losses = evaluator.evaluate(space, tuple(allocation))
@@ -208,9 +213,7 @@ def tiers(
                 "budget": budget,
                 "setting": name,
                 "tokens": " + ".join(str(count) for count, _ in allocation[0].tiers),
-                "bytes": str(space.bytes(allocation)),
-                "samples": str(len(prepared)),
-                **_losses_row(losses, "over_full", full),
+                **_measured(space, allocation, losses, "over_full", full),
             }
         )
         print(" ".join(list(rows[-1].values())[:7]), file=sys.stderr, flush=True)

@@ -111,7 +111,8 @@ def _outputs(
 ) -> dict[int, Tensor]:  # fmt: skip
     """The output [B, H, T, D] of each of these layers under `allocation`, whatever the others do."""
     plan = space.probe(allocation)
-    layouts = [make_ledger(plan).layers[layer] for layer in layers]
+    ledger = make_ledger(plan)
+    layouts = [ledger.layers[layer] for layer in layers]
     prompt_tokens = [evaluator.prepared.prompt_tokens[row] for row in evaluator.rows(parts)]
 
     def output(of_layer: tuple[LayerLedger, Tensor]) -> Tensor:

@@ -203,7 +203,7 @@ class _Session:
 
     def __init__(self, plan: Plan, args: argparse.Namespace) -> None:
         from qpkv_runtime.cache import check_shape
-        from qpkv_runtime.models import load_model, model_shape, weights_warning
+        from qpkv_runtime.models import load_model, model_identity, model_shape, weights_warning
 
         self.plan, self.args, self.name = plan, args, args.model or plan.model.id
         self.sampling = _sampling(args)
@@ -216,7 +216,9 @@ class _Session:
             raise InputError(f"--system needs a chat template, and {reason}: put the text into the prompt")
         if self.is_raw and not args.raw:
             _say(f"{self.name} has no chat template, so it continues the prompt as it is (--raw)")
-        if warning := weights_warning(plan.model.weights_hash, self.name, self.model, self.tokenizer):
+        if (planned := plan.model.weights_hash) is not None and (
+            warning := weights_warning(planned, self.name, model_identity(self.model, self.tokenizer))
+        ):
             _say(warning)
         self.last: Answer | None = None
         self.text_so_far = ""  # of the answer under the plan, also when it was interrupted

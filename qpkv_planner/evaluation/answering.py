@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import copy
 from dataclasses import dataclass
+from functools import cached_property
 from typing import Any, Literal, cast
 
 import torch
@@ -20,6 +21,7 @@ from qpkv_planner.evaluation.metrics import METRICS
 from qpkv_planner.evaluation.samples import Sample
 from qpkv_runtime.cache import PlannedCache, runs_on
 from qpkv_runtime.errors import InputError, NumericsError
+from qpkv_runtime.models import ModelIdentity, model_identity
 from qpkv_runtime.plan import Plan
 
 Regime = Literal["aware", "agnostic"]
@@ -33,6 +35,11 @@ class Runner:
     model: PreTrainedModel
     tokenizer: PreTrainedTokenizerBase
     plan: Plan | None
+
+    @cached_property
+    def identity(self) -> ModelIdentity:
+        """The model's hashes, for which every weight is read, once."""
+        return model_identity(self.model, self.tokenizer)
 
     @torch.no_grad()
     def row(self, sample: Sample, regime: Regime) -> dict[str, Any]:

@@ -125,16 +125,17 @@ def _run(args: argparse.Namespace, suites: list[str], plan: Plan | None) -> int:
     encoder = Encoder(tokenizer)  # samples first: most mistakes show before the weights are read
     samples = _samples(args, suites, plan, encoder)
     model, tokenizer = load_model(name, **options)
+    runner = Runner(model, tokenizer, plan)
     if plan is not None:
         check_shape(plan, model_shape(model))
-        if warning := weights_warning(plan.model.weights_hash, name, model, tokenizer):
+        if warning := weights_warning(plan.model.weights_hash, name, runner.identity):
             _say(warning)
     with warnings.catch_warnings():
         warnings.filterwarnings("ignore", "the prompt has .* tokens, more than")  # said once, below
         if plan is not None and (longest := max(s.length for s in samples)) > plan.budget.context_tokens:
             _say(f"warning: the plan was made for {plan.budget.context_tokens} tokens, samples have up to {longest}")
         run = evaluate(
-            Runner(model, tokenizer, plan),
+            runner,
             samples,
             REGIMES if args.regime == "both" else (args.regime,),
             name=name,

@@ -19,7 +19,6 @@ from qpkv_planner.evaluation.comparison import Row
 from qpkv_planner.evaluation.samples import Sample
 from qpkv_planner.progress import Progress
 from qpkv_runtime.errors import InputError
-from qpkv_runtime.models import model_identity
 
 
 def evaluate(
@@ -40,7 +39,7 @@ def evaluate(
     run: dict[str, Any] = {
         "version": 1,
         "model": name,
-        "model_hashes": vars(model_identity(runner.model, runner.tokenizer)),
+        "model_hashes": vars(runner.identity),
         "dtype": str(runner.model.dtype).removeprefix("torch."),
         "plan": None
         if plan is None

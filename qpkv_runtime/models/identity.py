@@ -77,11 +77,9 @@ def model_identity(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase) -
     return ModelIdentity(_config_hash(model.config), _tokenizer_hash(tokenizer), _weights_hash(model))
 
 
-def weights_warning(
-    planned: str | None, name: str, model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase
-) -> str | None:
+def weights_warning(planned: str | None, name: str, identity: ModelIdentity) -> str | None:
     """What to say where the model `name` has other weights than those of a plan's hash, None where it names none."""
-    if planned is None or model_identity(model, tokenizer).weights_hash == planned:
+    if planned is None or identity.weights_hash == planned:
         return None
     return f"warning: the plan was made on other weights than those of {name}: what it measured may not hold"
 
