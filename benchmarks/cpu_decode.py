@@ -27,7 +27,7 @@ import torch.nn.functional as F
 from benchmarks.where import RESULTS, where, write_rows
 from qpkv_planner.allocation import Space, model_section
 from qpkv_planner.grid import make_setting
-from qpkv_runtime.compression import gather, keep, write_block
+from qpkv_runtime.compression import gather, keep, rank, write_block
 from qpkv_runtime.ledger import make_ledger
 from qpkv_runtime.models.aliases import KNOWN_MODELS
 from qpkv_runtime.models.shape import ModelShape
@@ -70,7 +70,7 @@ def packed_step(plan: Plan, context_tokens: int, seed: int) -> Callable[[], None
     for layout in make_ledger(plan).layers:
         # heads want unlike shares, as real ones do
         taste = torch.rand(1, shape.num_kv_heads, 1, generator=chance)
-        tiers = keep(plan, layout.layer, torch.rand(size[:3], generator=chance) ** (0.5 + taste))
+        tiers = keep(plan, layout.layer, rank(torch.rand(size[:3], generator=chance) ** (0.5 + taste)))
         block = torch.zeros(1, layout.stored_bytes, dtype=torch.uint8)
         stats = torch.rand(1, shape.num_kv_heads, 2, shape.head_size, generator=chance) + 0.5
         write_block(block, layout, [gather(tier, keys, values, [0]) for tier in tiers], stats)

@@ -13,7 +13,7 @@ import math
 import os
 import tempfile
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import asdict
+from dataclasses import asdict, fields
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any, Literal
@@ -29,12 +29,13 @@ from qpkv_planner.calibration import Split
 from qpkv_planner.machine import free_bytes
 from qpkv_planner.prefill import Allocate, Prepared, PreparedLayer, Scored, in_memory, prepare
 from qpkv_runtime.cache import layer_devices, runs_on
-from qpkv_runtime.compression import Scoring
+from qpkv_runtime.compression import Ranking, Scoring
 from qpkv_runtime.errors import InputError
 from qpkv_runtime.plan import Model
 
 Place = Literal["device", "host", "disk"]
 _DTYPES = {torch.float16: "F16", torch.bfloat16: "BF16"}
+_RANKING = tuple(field.name for field in fields(Ranking))
 _LISTS = ("name", "hash", "num_contexts", "num_unanswerable", "prompt_tokens", "inputs", "targets", "kinds", "contexts")
 
 
@@ -154,8 +155,9 @@ def _content(
         if has_banks:
             tensors[f"{index}.keys"], tensors[f"{index}.values"] = layer.keys, layer.values
         for place, scoring in enumerate(scorings):
-            tensors[f"{index}.{place}.importance"] = layer.scored[scoring].importance
-            tensors[f"{index}.{place}.query_stats"] = layer.scored[scoring].query_stats
+            scored = layer.scored[scoring]
+            tensors |= {f"{index}.{place}.{name}": getattr(scored.ranking, name) for name in _RANKING}
+            tensors[f"{index}.{place}.query_stats"] = scored.query_stats
     lists = {name: getattr(prepared, name) for name in (*_LISTS, "part_starts")}
     return {name: tensor.contiguous() for name, tensor in tensors.items()}, {"lists": json.dumps(lists)}
 
@@ -171,7 +173,7 @@ def _load(path: Path, scorings: Sequence[Scoring], model: PreTrainedModel, place
                 home = own if place == "device" else host
                 scored = {
                     scoring: Scored(
-                        file.get_tensor(f"{index}.{number}.importance").to(home),
+                        Ranking(*(file.get_tensor(f"{index}.{number}.{name}") for name in _RANKING)).to(home),
                         file.get_tensor(f"{index}.{number}.query_stats").to(home),
                     )
                     for number, scoring in enumerate(scorings)

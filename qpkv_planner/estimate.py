@@ -92,12 +92,12 @@ def estimated_steps(effort: Effort, num_layers: int, num_budgets: int) -> int:
 def prefills_bytes(
     model: KnownModel, num_contexts: int, num_samples: int, context_tokens: int, num_scorings: int
 ) -> int:
-    """What a split's prefills take: keys and values of all its tokens at 16 bit, an importance in float32 of every
+    """What a split's prefills take: keys and values of all its tokens at 16 bit, the place and the importance of every
     token of every sample under each scoring, and the full cache's probabilities twice (logarithms too)."""
     shape = replace(model.shape, sliding_windows=(None,) * model.shape.num_layers)  # prefills keep what slides out too
-    importance = FLOAT32_BYTES * shape.num_layers * shape.num_kv_heads * context_tokens * num_samples * num_scorings
+    rankings = 2 * FLOAT32_BYTES * shape.num_layers * shape.num_kv_heads * context_tokens * num_samples * num_scorings
     probabilities = 2 * FLOAT32_BYTES * num_samples * CONTINUATION_TOKENS * model.vocab_size
-    return full_bytes(shape, num_contexts * context_tokens) + importance + probabilities
+    return full_bytes(shape, num_contexts * context_tokens) + rankings + probabilities
 
 
 def duration(seconds: float) -> str:

@@ -23,7 +23,7 @@ from transformers import PreTrainedModel
 from qpkv_planner.allocation import Allocation, Space
 from qpkv_planner.journal import Entry, Journal
 from qpkv_planner.one_row import Watch, one_row
-from qpkv_planner.prefill import Prepared
+from qpkv_planner.prefill import Prepared, output_logits
 from qpkv_planner.side_by_side import side_by_side
 from qpkv_runtime.cache import PlannedCache, layer_devices, runs_on
 from qpkv_runtime.compression import Scoring, compress, keep
@@ -291,7 +291,7 @@ class Evaluator:
         rows = slice(prepared.part_starts[part], prepared.part_starts[part + 1])
         device = self._devices[layout.layer]
         scored, token_rows = layer.scored[scoring], prepared.token_rows[rows]
-        selections = keep(plan, layout.layer, scored.importance[rows].to(device))
+        selections = keep(plan, layout.layer, scored.ranking.of_rows(rows).to(device))
         num_rows, num_tokens = token_rows.shape
         padding = [num_tokens - tokens for tokens in prepared.prompt_tokens[rows]]
         # a part holds whole contexts: what its samples look at lies together
@@ -312,12 +312,7 @@ class Evaluator:
         ends = np.cumsum([len(self.prepared.inputs[row]) for row in rows])
         lengths = [len(self.prepared.targets[row]) for row in rows]
         measured = torch.cat([hidden[0, end - length : end] for end, length in zip(ends, lengths, strict=True)])
-        logits = cast(nn.Module, self.model.get_output_embeddings())(measured).float()
-        logits = logits.to(self.prepared.full_logprobs.device)
-        softcap = getattr(self.model.config.get_text_config(decoder=True), "final_logit_softcapping", None)
-        if softcap is not None:
-            logits = torch.tanh(logits / softcap) * softcap
-        return self.sample_losses_of(logits, rows)
+        return self.sample_losses_of(output_logits(self.model, measured).to(self.prepared.full_logprobs.device), rows)
 
     def sample_losses_of(self, logits: Tensor, rows: list[int]) -> dict[str, Tensor]:
         """logits: [sum of these rows' targets, V]. Raises NumericsError where they are not finite.

@@ -16,7 +16,7 @@ from functools import partial
 from typing import Any, cast
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 from transformers import PreTrainedModel
 from transformers.cache_utils import Cache, CacheLayerMixin
 
@@ -25,7 +25,7 @@ from qpkv_planner.calibration import CONTINUATION_TOKENS, Context, Regime, Sampl
 from qpkv_planner.side_by_side import side_by_side
 from qpkv_runtime.attention import Handle
 from qpkv_runtime.cache import layer_parts, runs_on
-from qpkv_runtime.compression import Observation, Scoring, observe, to_storage
+from qpkv_runtime.compression import Observation, Ranking, Scoring, observe, rank, to_storage
 from qpkv_runtime.errors import InputError, NumericsError
 from qpkv_runtime.models.shape import ModelShape
 from qpkv_runtime.scorers import LayerParts, Prefill
@@ -35,10 +35,10 @@ ANSWERABLE_NATS = 1.0  # a question on which the full cache does worse than this
 
 @dataclass(frozen=True)
 class Scored:
-    """One layer under one scoring, of all samples: importances float32 [N, H_kv, T], left-padded with -inf, and query
-    statistics [N, H_kv, 2, D]. Importances, not their order: adaptive heads compare them, and a sort is cheap."""
+    """One layer under one scoring, of all samples: the order of their tokens, left-padded with what is never kept, and
+    query statistics [N, H_kv, 2, D]."""
 
-    importance: Tensor
+    ranking: Ranking
     query_stats: Tensor
 
 
@@ -139,6 +139,13 @@ class _RecordingLayer(CacheLayerMixin):
         return -1
 
 
+def output_logits(model: PreTrainedModel, hidden: Tensor) -> Tensor:
+    """The output head's logits [N, V], float32, of hidden states [N, hidden] after the final norm."""
+    logits = cast(nn.Module, model.get_output_embeddings())(hidden).float()
+    softcap = getattr(model.config.get_text_config(decoder=True), "final_logit_softcapping", None)
+    return cast(Tensor, logits if softcap is None else torch.tanh(logits / softcap) * softcap)
+
+
 class ContextRun:
     """The prefill of one context and of its samples, as flat tensors per layer. parts: each layer's, where a scorer
     looks at them; samples: the context's, with the full cache's own continuations where those are the target."""
@@ -153,7 +160,7 @@ class ContextRun:
         cache = Cache(layers=list(layers))
         self.layers, self.context = layers, context
         device = runs_on(model)
-        model(torch.tensor([context.tokens], device=device), past_key_values=cache, logits_to_keep=1)
+        cast(Any, model.get_decoder())(torch.tensor([context.tokens], device=device), past_key_values=cache)
         for layer in layers:
             layer.commit()
         self.samples = context.samples
@@ -162,24 +169,27 @@ class ContextRun:
             self.samples = tuple(
                 replace(sample, continuation=own) for sample, own in zip(context.samples, written, strict=True)
             )
-        logits = self._branch(model, cache, [sample.prompt + sample.continuation[:-1] for sample in self.samples])
-        self.logprobs = []
-        for row, sample in enumerate(self.samples):
-            first = len(sample.prompt) - 1
-            self.logprobs.append(logits[row, first : first + len(sample.continuation)].float().log_softmax(-1))
+        rows = [sample.prompt + sample.continuation[:-1] for sample in self.samples]
+        logits = self._branch(model, cache, rows, [len(sample.continuation) for sample in self.samples])
+        self.logprobs = [of_sample.float().log_softmax(-1) for of_sample in logits]
 
-    def _branch(self, model: PreTrainedModel, cache: Cache, rows: list[tuple[int, ...]]) -> Tensor:
-        """Logits [samples, longest, V] of rows that follow the context; nothing is committed."""
+    def _branch(
+        self, model: PreTrainedModel, cache: Cache, rows: list[tuple[int, ...]], counts: Sequence[int]
+    ) -> tuple[Tensor, ...]:
+        """Logits [count, V] at the last `counts` tokens of rows that follow the context; nothing is committed."""
         longest = max(map(len, rows))
         ids = torch.tensor([row + (0,) * (longest - len(row)) for row in rows], device=runs_on(model))
-        return cast(Tensor, model(ids, past_key_values=cache).logits)
+        hidden = cast(Any, model.get_decoder())(ids, past_key_values=cache).last_hidden_state
+        wanted = [of_row[len(row) - count : len(row)] for of_row, row, count in zip(hidden, rows, counts, strict=True)]
+        logits: tuple[Tensor, ...] = output_logits(model, torch.cat(wanted)).split(list(counts))
+        return logits
 
     def _greedy(self, model: PreTrainedModel, cache: Cache, num_tokens: int) -> list[tuple[int, ...]]:
         """What the full cache continues each sample's prompt with."""
         rows = [sample.prompt for sample in self.context.samples]
         for _ in range(num_tokens):
-            logits = self._branch(model, cache, rows)
-            rows = [(*row, int(logits[i, len(row) - 1].argmax())) for i, row in enumerate(rows)]
+            logits = self._branch(model, cache, rows, [1] * len(rows))
+            rows = [(*row, int(of_row.argmax())) for row, of_row in zip(rows, logits, strict=True)]
         return [row[-num_tokens:] for row in rows]
 
     def prefill(self, layer: int, row: int) -> Prefill:
@@ -188,7 +198,7 @@ class ContextRun:
         query, key, value = self._tokens(layer, row, self.num_prompt_tokens(row))
         return Prefill(
             layer, query, key, [0], recorded.scaling, recorded.softcap, recorded.sliding_window,
-            window=0, value=value, parts=self.parts[layer] if self.parts else None,
+            window=0, value=value, parts=self.parts[layer] if self.parts else None, shared={},
         )  # fmt: skip
 
     def answer(self, layer: int, row: int) -> Prefill:
@@ -361,7 +371,7 @@ def _remember(
 def _stack(observed: list[tuple[Tensor, Tensor]]) -> Scored:
     """Importances [H_kv, T] and query statistics of every sample, left-padded to one length."""
     importance = _left_pad([importance for importance, _ in observed], float("-inf"))
-    return Scored(importance, torch.stack([stats for _, stats in observed]))
+    return Scored(rank(importance), torch.stack([stats for _, stats in observed]))
 
 
 def _left_pad(rows: list[Tensor], fill: float) -> Tensor:

@@ -28,7 +28,7 @@ from qpkv_kernels.attention import causal_attention
 from qpkv_runtime.arena import Arena
 from qpkv_runtime.attention import HOW_TO_LOAD, NAME, Handle
 from qpkv_runtime.backend import use_kernels
-from qpkv_runtime.compression import Scoring, compress, keep, observe
+from qpkv_runtime.compression import Scoring, compress, keep, observe, rank
 from qpkv_runtime.decode_step import Counters, DecodeStep
 from qpkv_runtime.errors import CacheError, PlanError, UnsupportedModelError
 from qpkv_runtime.ledger import LayerLedger, Ledger, make_ledger
@@ -172,7 +172,7 @@ class PlannedLayer(CacheLayerMixin):
                     self.scoring.window, self.scoring.sinks, value, self.parts,
                 ),
             )  # fmt: skip
-            selections = keep(self.plan, layer, observation.importance)
+            selections = keep(self.plan, layer, rank(observation.importance))
             block, storage_dtype = self.rows.block(layer, num_rows), self.plan.model.storage_dtype
             compress(block, self.layout, storage_dtype, key, value, selections, num_padding, observation.query_stats)
         self.begin([num_tokens - padding for padding in num_padding])

@@ -10,6 +10,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
+from functools import partial
 
 import numpy as np
 import torch
@@ -70,12 +71,18 @@ class Observation:
 
 @dataclass(frozen=True)
 class Ranking:
-    """The importance order. order: int64 [B, H_kv, T], most important first; importance: float32 [B, H_kv, T], in that
+    """The importance order. order: int32 [B, H_kv, T], most important first; importance: float32 [B, H_kv, T], in that
     order; num_allowed: [B, H_kv], how many of them may be kept at all (the first ones)."""
 
     order: Tensor
     importance: Tensor
     num_allowed: Tensor
+
+    def of_rows(self, rows: slice) -> Ranking:
+        return Ranking(self.order[rows], self.importance[rows], self.num_allowed[rows])
+
+    def to(self, device: torch.device) -> Ranking:
+        return Ranking(self.order.to(device), self.importance.to(device), self.num_allowed.to(device))
 
 
 @dataclass(frozen=True)
@@ -119,28 +126,32 @@ def observe(scoring: Scoring, prefill: Prefill) -> Observation:
 
     prefill: everything; the scorer is shown what it needs. Its window and sinks are the scoring's.
     """
-    peaks = prefill.query_peaks
     prefill = replace(prefill, window=scoring.window, sinks=scoring.sinks, num_queries=scoring.num_queries)
     shown = prefill.shown(SCORERS[scoring.scorer].needs)
     importance = scorers.SCORERS[scoring.scorer].score(shown, dict(scoring.parameters))
     importance = importance.masked_fill(prefill.must_stay, float("inf")).masked_fill(prefill.must_go, float("-inf"))
-    window_queries, num_heads = prefill.query[:, :, -scoring.num_queries :], prefill.key.shape[1]
-    is_query = prefill.is_token[..., -window_queries.shape[2] :]  # [B, 1, window]
-    squares = (window_queries.double() ** 2).unflatten(1, (num_heads, -1)) * is_query[:, :, None, :, None]
-    num_queries = is_query.sum(-1).clamp(min=1)[..., None] * squares.shape[2]
-    moment = (squares.sum((2, 3)) / num_queries).float()
-    return Observation(importance, torch.stack([moment, peaks.unflatten(1, (num_heads, -1)).amax(2)], 2))
+    measure = partial(_query_stats, prefill, scoring.num_queries)
+    return Observation(importance, prefill.in_common("query statistics", scoring.num_queries, measure))
+
+
+def _query_stats(prefill: Prefill, num_queries: int) -> Tensor:
+    """As of an Observation."""
+    queries, num_heads = prefill.query[:, :, -num_queries:], prefill.key.shape[1]
+    is_query = prefill.is_token[..., -queries.shape[2] :]  # [B, 1, window]
+    squares = (queries.double() ** 2).unflatten(1, (num_heads, -1)) * is_query[:, :, None, :, None]
+    moment = (squares.sum((2, 3)) / (is_query.sum(-1).clamp(min=1)[..., None] * squares.shape[2])).float()
+    return torch.stack([moment, prefill.query_peaks.unflatten(1, (num_heads, -1)).amax(2)], 2)
 
 
 def rank(importance: Tensor) -> Ranking:
     """Order each head's tokens by importance [B, H_kv, T]; among equals the older comes first."""
     ordered = importance.sort(dim=-1, descending=True, stable=True)
-    return Ranking(ordered.indices, ordered.values, (importance > float("-inf")).sum(-1))
+    return Ranking(ordered.indices.int(), ordered.values, (importance > float("-inf")).sum(-1))
 
 
-def keep(plan: Plan, layer: int, importance: Tensor) -> list[Selection]:
-    """The tokens of each of a layer's tiers, by importance [B, H_kv, T]."""
-    ranking, heads, tiers = rank(importance), plan.heads_of(layer), plan.holdings(layer)[:-1]
+def keep(plan: Plan, layer: int, ranking: Ranking) -> list[Selection]:
+    """The tokens of each of a layer's tiers, by importance."""
+    heads, tiers = plan.heads_of(layer), plan.holdings(layer)[:-1]
     if heads.share != "adaptive":
         return select(ranking, [tokens for _, tokens in tiers])
     quanta = [(tier.tokens, quantum_tokens(plan.formats[tier.format])) for tier in plan.layers[layer].tiers]
@@ -157,7 +168,7 @@ def select(ranking: Ranking, tier_tokens: Sequence[int | Sequence[int] | Tensor]
         sizes = torch.as_tensor(tokens, device=device)
         counts = (ranking.num_allowed - start).clamp(min=0).minimum(sizes)
         slots = torch.arange(int(sizes.max()), device=device)
-        rows = ranking.order.gather(-1, (start[..., None] + slots).clamp(max=num_tokens - 1))
+        rows = ranking.order.gather(-1, (start[..., None] + slots).clamp(max=num_tokens - 1)).long()
         is_empty = slots >= counts[..., None]
         rows = rows.masked_fill(is_empty, num_tokens).sort(-1).values.masked_fill(is_empty, 0)
         selections.append(Selection(rows, counts))

@@ -10,7 +10,6 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
-from functools import cached_property
 from typing import Any, Protocol
 
 import torch
@@ -47,7 +46,8 @@ class Prefill:
     query: [B, H, T_q, D], the last T_q tokens' queries; key: [B, H_kv, T, D], after RoPE; num_padding: left padding of
     each row; scaling, softcap, sliding_window: the layer's attention; window, sinks: the numbers of most recent and of
     first tokens that are kept anyway; value: [B, H_kv, T, D]; parts: of the layer's module; num_queries: what
-    "window_queries" are, 0 for as many as the window.
+    "window_queries" are, 0 for as many as the window; shared: where several scorings of these very tensors keep what
+    they have in common, by its name and the number of last queries it is of; None for one scoring alone.
     """
 
     layer: int
@@ -62,6 +62,7 @@ class Prefill:
     value: Tensor | None = None
     parts: LayerParts | None = None
     num_queries: int = 0
+    shared: dict[tuple[str, int], Tensor] | None = None
 
     def shown(self, needs: Sequence[Need]) -> Prefill:
         """This prefill (with all queries) without what `needs` do not name."""
@@ -79,6 +80,13 @@ class Prefill:
             value=self.value if "values" in needs else None,
             parts=self.parts if needs_parts else None,
         )
+
+    def in_common(self, name: str, num_queries: int, measure: Callable[[], Tensor]) -> Tensor:
+        """What `shared` holds under this name, else what `measure` gives and it is then to hold."""
+        held = {} if self.shared is None else self.shared
+        if (name, num_queries) not in held:
+            held[name, num_queries] = measure()
+        return held[name, num_queries]
 
     @property
     def must_stay(self) -> Tensor:
@@ -106,7 +114,7 @@ class Prefill:
         padding = torch.tensor(self.num_padding, device=self.key.device)
         return (torch.arange(self.key.shape[2], device=self.key.device) - padding[:, None])[:, None]
 
-    @cached_property
+    @property
     def query_peaks(self) -> Tensor:
         """max |q| over all queries: float32 [B, H, D]. Copies no queries, which are several times the keys."""
         first = self.key.shape[2] - self.query.shape[2]
@@ -172,15 +180,19 @@ class H2O:
 
 def received_attention(prefill: Prefill) -> Tensor:
     """float32 [B, H_kv, T]: the attention that each token receives from the queries, their mean and the GQA group's."""
-    if not use_kernels(prefill.key.device):
-        return kv_heads(torch.cat(list(prefill.attention()), 3).mean(3))
-    from qpkv_kernels import score
-
     query, key = prefill.query, prefill.key
-    with kernels_at(f"layer {prefill.layer}, scoring {tuple(key.shape)} {key.dtype} keys"):
-        return score.received_attention(
-            query, key, prefill.num_padding, prefill.scaling, prefill.softcap, prefill.sliding_window
-        )
+
+    def measure() -> Tensor:
+        if not use_kernels(key.device):
+            return kv_heads(torch.cat(list(prefill.attention()), 3).mean(3))
+        from qpkv_kernels import score
+
+        with kernels_at(f"layer {prefill.layer}, scoring {tuple(key.shape)} {key.dtype} keys"):
+            return score.received_attention(
+                query, key, prefill.num_padding, prefill.scaling, prefill.softcap, prefill.sliding_window
+            )
+
+    return prefill.in_common("received attention", query.shape[2], measure)
 
 
 class SnapKV:
