@@ -47,6 +47,7 @@ plans: install  ## the checked-in plans of smollm2 and tiny, searched anew (over
 	$(SEARCH) --model smollm2 --context-length 1024 --budget 1/32,1/64,1/128 --study runs/plans/study --resume --out-dir plans
 	$(SEARCH) --model smollm2 --context-length 1024 --budget 1/16 --output plans/smollm2__1-16.yaml
 	$(SEARCH) --model smollm2 --context-length 1024 --budget 1/8 --quick --output plans/smollm2__1-8.yaml
+	$(SEARCH) --model smollm2 --context-length 1024 --budget 1/4 --quick --output plans/smollm2__1-4.yaml
 	$(SEARCH) --model tiny --context-length 512 --budget 1/4,1/8,1/16,1/32,1/64,1/128 --quick --out-dir plans
 	rm -f plans/frontier.json
 

@@ -239,7 +239,10 @@ def _positions(selection: Selection, num_padding: Sequence[int]) -> Tensor:
 def to_storage(storage_dtype: str, layer: int, name: str, x: Tensor) -> Tensor:
     """x in the plan's 16-bit type. Raises NumericsError naming layer and tensor when it cannot be stored there."""
     stored = x.to(STORAGE_DTYPES[storage_dtype])
-    if not bool((stored.abs() <= largest_stored(stored.dtype)).all()):
+    if not stored.numel():
+        return stored
+    low, high = torch.aminmax(stored)  # NaN where there is one
+    if not bool(torch.maximum(high, -low) <= largest_stored(stored.dtype)):
         raise _not_storable(storage_dtype, layer, name, overflows=bool(x.isfinite().all()))
     return stored
 

@@ -116,16 +116,14 @@ class Prefill:
 
     @property
     def query_peaks(self) -> Tensor:
-        """max |q| over all queries: float32 [B, H, D]. Copies no queries, which are several times the keys."""
+        """max |q| over all queries: float32 [B, H, D]. Copies no queries, which are several times the keys; and no
+        `aminmax`, which along a dimension takes ten times as long as both apart on a CPU."""
         first = self.key.shape[2] - self.query.shape[2]
         starts = [max(0, padding - first) for padding in self.num_padding]
+        if not any(starts):
+            return torch.maximum(self.query.amax(2), -self.query.amin(2)).float()
         rows = [query[:, start:] for query, start in zip(self.query, starts, strict=True)]
-        low, high = (
-            torch.aminmax(self.query, dim=2)
-            if not any(starts)
-            else map(torch.stack, zip(*(torch.aminmax(row, dim=1) for row in rows), strict=True))
-        )
-        return torch.maximum(high, -low).float()
+        return torch.stack([torch.maximum(row.amax(1), -row.amin(1)) for row in rows]).float()
 
     def attention(self) -> Iterator[Tensor]:
         """Causal attention probabilities of the queries, in chunks: float32 [B, H_kv, G, queries, T]. Rows of

@@ -581,6 +581,21 @@ def test_rows_of_a_left_padded_batch_are_observed_as_alone(name, case):
         assert torch.allclose(together.query_stats[row], alone.query_stats[0], rtol=1e-6)
 
 
+@over_cases
+def test_scorings_that_share_what_they_have_in_common_see_what_each_sees_alone(case):
+    """Other windows, other numbers of queries and other scorers, in either order."""
+    prefill = make_prefill(case, 23, [0, 8])
+    scorers = [Scorer(name="snapkv", queries=5), Scorer(name="snapkv", queries=9, kernel=3), Scorer(name="tova")]
+    scorings = [Scoring.of(scorer, 2, window) for scorer in scorers for window in (1, 5)]
+    alone = [observe(scoring, prefill) for scoring in scorings]
+    for order in (1, -1):
+        together = replace(prefill, shared={})
+        for scoring, expected in [*zip(scorings, alone, strict=True)][::order]:
+            got = observe(scoring, together)
+            assert torch.equal(got.importance, expected.importance)
+            assert torch.equal(got.query_stats, expected.query_stats)
+
+
 @pytest.mark.parametrize("window", [1, 4, 40])
 def test_the_query_moment_is_the_mean_square_of_the_windows_queries(window):
     prefill = make_prefill(Case(), 23, [0, 21])
