@@ -23,7 +23,7 @@ from qpkv_planner.calibration_cache import load_or_prepare
 from qpkv_planner.estimate import estimated_steps
 from qpkv_planner.grid import setting_named
 from qpkv_planner.measurement import Evaluator, Losses, interval
-from qpkv_planner.options import Options
+from qpkv_planner.options import Options, check_lengths
 from qpkv_planner.progress import Progress
 from qpkv_planner.session import Session, scorings_of
 from qpkv_planner.stages import Search
@@ -48,8 +48,12 @@ def main() -> int:
     test: Evaluator | None = None
     rows: list[dict[str, Any]] = []
     for seed in arguments.seeds:
-        options = Options(context_tokens=arguments.context_length, quick=not arguments.thorough, seed=seed)
-        progress = Progress(estimated_steps(options.effort, shape.num_layers, len(arguments.budgets)), quiet=False)
+        options = Options(
+            context_tokens=arguments.context_length, search_tokens=arguments.context_length,
+            quick=not arguments.thorough, seed=seed,
+        )  # fmt: skip
+        steps = estimated_steps(options, check_lengths(options, shape), shape.num_layers, len(arguments.budgets))
+        progress = Progress(steps, quiet=False)
         study = arguments.study / f"seed-{seed}"
         session = Session(
             model, tokenizer, options, arguments.model, study, None, progress, num_budgets=len(arguments.budgets)
@@ -57,14 +61,13 @@ def main() -> int:
         for budget in arguments.budgets:
             session.announce(budget)
         for budget in arguments.budgets:
-            space = session.space(budget, session.context_tokens)
-            grid = session.grid(space)[1]
-            search = Search(session, space, space, grid)
+            space = session.space(budget, session.lengths.context)
+            search = Search(session, space)
             plan = search.run()
             session.plans.append(plan)
             if test is None:
                 prepared = load_or_prepare(
-                    model, session.section, test_split, scorings_of(grid), 3, lambda: None, arguments.study
+                    model, session.section, test_split, scorings_of(search.grid), 3, lambda: None, arguments.study
                 )
                 test = Evaluator(model, prepared)
             assert plan.calibration is not None

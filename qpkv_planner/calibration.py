@@ -284,16 +284,18 @@ class Frame:
 
 
 def make_splits(
-    tokenizer: PreTrainedTokenizerBase, counts: Mapping[str, int], context_tokens: int, seed: int, data: Data
-) -> dict[str, Split]:
+    tokenizer: PreTrainedTokenizerBase, counts: Mapping[str, int], context_tokens: int, seed: int, data: Data,
+    search_tokens: int | None = None,
+) -> dict[str, Split]:  # fmt: skip
     """The splits of these names, each of so many contexts whose prompts, question and answer included, take up to
-    `context_tokens` tokens.
+    `context_tokens` tokens, the built-in search split's up to `search_tokens` where that is given.
 
     Raises InputError when that is too short for the questions, or a user's file cannot be read or holds too little.
     """
     if data.file is not None:
         return _user_splits(tokenizer, data, counts, context_tokens, seed)
-    return {name: make_split(tokenizer, name, count, context_tokens, seed, data) for name, count in counts.items()}
+    tokens = dict.fromkeys(counts, context_tokens) | {"search": search_tokens or context_tokens}
+    return {name: make_split(tokenizer, name, count, tokens[name], seed, data) for name, count in counts.items()}
 
 
 def make_split(

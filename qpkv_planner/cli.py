@@ -85,7 +85,14 @@ def parser() -> CommandParser:
         "--calibration-length",
         type=int,
         metavar="TOKENS",
-        help="the length of the calibration contexts (default: the context length)",
+        help="the length of the contexts that the result is measured on (default: the context length)",
+    )
+    out.add_argument(
+        "--search-length",
+        type=int,
+        metavar="TOKENS",
+        help="the length of the contexts that the search looks at; what it finds is stretched and measured at the "
+        "calibration length (default: that length, 1024 at most)",
     )
     out.add_argument("--quick", action="store_true", help="a first look: fewer contexts, formats and trials")
     out.add_argument("--objective", choices=("kl", "ce"), default="kl", help="what the search minimises (default kl)")
@@ -283,6 +290,7 @@ def _settings(arguments: argparse.Namespace) -> dict[str, Any]:
         "quiet": arguments.quiet,
         "context_tokens": arguments.context_length,
         "calibration_tokens": arguments.calibration_length,
+        "search_tokens": arguments.search_length,
         "timeout_seconds": arguments.timeout,
         "prefill_memory": arguments.prefill_memory and memory_bytes(arguments.prefill_memory, "--prefill-memory"),
         "data": Data(arguments.regime, arguments.target, mix, arguments.calibration),

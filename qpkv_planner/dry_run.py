@@ -28,8 +28,9 @@ def outline(
     Raises BudgetError for a budget that cannot hold sinks, window and reserve, InputError for lengths that the model
     does not have.
     """
-    context_tokens, _ = check_lengths(options, known.shape)
-    expected = estimate(known, options, context_tokens, max(1, len(budgets)))
+    lengths = check_lengths(options, known.shape)
+    expected = estimate(known, options, lengths, max(1, len(budgets)))
+    context_tokens = lengths.context
     number_type = str(dtype).removeprefix("torch.")
     section = model_section(name, known.shape, number_type, "bfloat16")
     asked = []

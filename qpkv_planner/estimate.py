@@ -16,7 +16,7 @@ from typing import Any
 from qpkv_planner.calibration import CONTINUATION_TOKENS, DOCUMENTS
 from qpkv_planner.fit import FLOAT32_BYTES
 from qpkv_planner.linearization import FORWARDS
-from qpkv_planner.options import Effort, Options
+from qpkv_planner.options import Lengths, Options
 from qpkv_runtime.ledger import full_bytes
 from qpkv_runtime.models.aliases import KnownModel
 
@@ -26,34 +26,49 @@ STEP_SHARE = 1 / 10
 
 @dataclass(frozen=True)
 class Estimate:
-    """contexts, samples, prefill_bytes: by split; calibration_tokens: of a context; steps: of the searches, a prefill
-    apart."""
+    """contexts, samples, prefill_bytes: by split; lengths: of the contexts; steps: of the searches, a prefill apart."""
 
     model: KnownModel
     contexts: Mapping[str, int]
     samples: Mapping[str, int]
-    calibration_tokens: int
+    lengths: Lengths
     num_scorings: int
     steps: int
 
     @property
     def prefill_bytes(self) -> dict[str, int]:
         return {
-            name: prefills_bytes(self.model, count, self.samples[name], self.calibration_tokens, self.num_scorings)
+            name: prefills_bytes(self.model, count, self.samples[name], self.lengths.of_split(name), self.num_scorings)
             for name, count in self.contexts.items()
         }
 
     def seconds(self, operations_per_second: float) -> float:
-        tokens = self.calibration_tokens
-        attention = self.model.shape.num_layers * self.model.shape.num_query_heads * self.model.shape.head_size * tokens
-        of_context = 2.0 * tokens * (self.model.num_parameters + attention) / (SHARE_OF_SPEED * operations_per_second)
-        in_contexts = sum(self.contexts.values()) + self.steps * STEP_SHARE * self.contexts["search"]
-        return of_context * in_contexts
+        shape = self.model.shape
+
+        def operations(split: str) -> float:
+            """Of all its prefills."""
+            tokens = self.lengths.of_split(split)
+            attention = shape.num_layers * shape.num_query_heads * shape.head_size * tokens
+            return 2.0 * self.contexts[split] * tokens * (self.model.num_parameters + attention)
+
+        total = sum(map(operations, self.contexts)) + self.steps * STEP_SHARE * operations("search")
+        return total / (SHARE_OF_SPEED * operations_per_second)
+
+    @property
+    def prefills(self) -> str:
+        """For a reader: `24 prefills of 1024 and 24 of 2048 tokens`."""
+        counts: dict[int, int] = {}
+        for split, count in self.contexts.items():
+            tokens = self.lengths.of_split(split)
+            counts[tokens] = counts.get(tokens, 0) + count
+        (first, count), *others = counts.items()
+        return f"{count} prefills of {first}" + "".join(f" and {n} of {tokens}" for tokens, n in others) + " tokens"
 
     def record(self, operations_per_second: float, places: Mapping[str, str]) -> dict[str, Any]:
         """For a reader. places: where each split's prefills will be."""
         return {
-            "calibration_tokens": self.calibration_tokens,
+            "calibration_tokens": self.lengths.calibration,
+            "search_tokens": self.lengths.search,
             "steps": self.steps,
             "seconds_about": round(self.seconds(operations_per_second)),
             "prefills": {
@@ -65,7 +80,7 @@ class Estimate:
 
 
 def estimate(
-    known: KnownModel, options: Options, context_tokens: int, num_budgets: int, samples: Mapping[str, int] | None = None
+    known: KnownModel, options: Options, lengths: Lengths, num_budgets: int, samples: Mapping[str, int] | None = None
 ) -> Estimate:
     """What a search takes. samples: of each split, where they are made; else as many as the mix gives."""
     effort = options.effort
@@ -75,17 +90,19 @@ def estimate(
         model=known,
         contexts=contexts,
         samples=samples or {name: count * in_context for name, count in contexts.items()},
-        calibration_tokens=options.calibration_tokens or context_tokens,
+        lengths=lengths,
         num_scorings=len(effort.scorers) + 1,
-        steps=estimated_steps(effort, known.shape.num_layers, num_budgets) - sum(contexts.values()),
+        steps=estimated_steps(options, lengths, known.shape.num_layers, num_budgets) - sum(contexts.values()),
     )
 
 
-def estimated_steps(effort: Effort, num_layers: int, num_budgets: int) -> int:
+def estimated_steps(options: Options, lengths: Lengths, num_layers: int, num_budgets: int) -> int:
     """Steps of progress: forwards of all samples; a context's prefill counts as one."""
+    effort = options.effort
     contexts = effort.search_contexts + effort.validation_contexts
     elimination = 5 * math.log2(effort.times_budget) * (1 + FORWARDS // effort.num_parts)
-    one_budget = len(effort.formats) + 9 + elimination + effort.rounds * (1 + FORWARDS) + effort.trials + 12
+    grid = (len(effort.formats) + 9) * (1 if lengths.search == lengths.calibration else 2)
+    one_budget = grid + elimination + effort.rounds * (1 + FORWARDS) + effort.trials + 12
     return int(contexts + num_budgets * (one_budget + effort.additivity_plans))
 
 

@@ -13,6 +13,7 @@ from qpkv_runtime.models.shape import ModelShape
 from qpkv_runtime.plan import Scorer
 
 QUICK_CONTEXT_TOKENS = 1024
+SEARCH_TOKENS = 1024  # of the search contexts, at most: what is found there holds at longer ones (LOG.md)
 
 SHORT = {"name": "snapkv", "queries": 16, "kernel": 9, "lead": 4, "pooling": "average"}
 LONG = {"name": "snapkv", "queries": 16, "kernel": 15, "lead": 7, "pooling": "average"}
@@ -43,8 +44,8 @@ class Options:
     """Everything a search depends on besides the model and the budget.
 
     context_tokens: the length a ratio refers to, None for 2048 (quick: 1024) or the model's if that is smaller;
-    calibration_tokens: the length of the calibration contexts, the same unless given: then the search runs at the same
-    ratio of that length and its kept shares are stretched; data: where the contexts come from; max_new_tokens: the
+    calibration_tokens, search_tokens: the lengths of the contexts that finalists are measured on, and of those that the
+    search looks at, as of `Lengths`; data: where the contexts come from; max_new_tokens: the
     reserve's size; heads: how KV heads share a layer's tokens (searched: each its own count, as the knapsack finds;
     uniform; adaptive; or weighted, measured on the search contexts); revision: the model's on the hub, to be loaded by;
     timeout_seconds: the search's, validation comes on top; sampler, storage: Optuna's; prefill_memory: bytes of memory
@@ -53,6 +54,7 @@ class Options:
 
     context_tokens: int | None = None
     calibration_tokens: int | None = None
+    search_tokens: int | None = None
     quick: bool = False
     objective: Objective = "kl"
     data: Data = BUILT_IN
@@ -75,16 +77,40 @@ class Options:
         return effort if self.trials is None else replace(effort, trials=self.trials)
 
 
-def check_lengths(options: Options, shape: ModelShape) -> tuple[int, int]:
-    """The context and the calibration length. Raises InputError where they are not the model's."""
+@dataclass(frozen=True)
+class Lengths:
+    """In tokens, none longer than the one before. context: of the plan; calibration: of the contexts on which finalists
+    and uniform settings are measured, the same unless given; search: of the contexts that the search looks at, at the
+    same ratio of the cache, up to SEARCH_TOKENS unless given. What is found is stretched, the same share of each layer,
+    from one to the next; a user's own samples are as long for both."""
+
+    context: int
+    calibration: int
+    search: int
+
+    def of_split(self, split: str) -> int:
+        """Of a split's contexts."""
+        return self.search if split == "search" else self.calibration
+
+
+def check_lengths(options: Options, shape: ModelShape) -> Lengths:
+    """Raises InputError where the lengths are not the model's, or a part of another is longer than that."""
     default_tokens = QUICK_CONTEXT_TOKENS if options.quick else DEFAULT_CONTEXT_TOKENS
-    context_tokens = options.context_tokens or min(default_tokens, shape.max_context_tokens)
-    calibration_tokens = options.calibration_tokens or context_tokens
-    for what, tokens in (("context length", context_tokens), ("calibration length", calibration_tokens)):
+    context = options.context_tokens or min(default_tokens, shape.max_context_tokens)
+    calibration = options.calibration_tokens or context
+    own = options.data.file is not None
+    if own and options.search_tokens is not None:
+        raise InputError("--search-length is of the built-in samples: leave it out with --calibration")
+    search = options.search_tokens or (calibration if own else min(calibration, SEARCH_TOKENS))
+    for what, tokens in (("context", context), ("calibration", calibration), ("search", search)):
         if not 0 < tokens <= shape.max_context_tokens:
-            raise InputError(f"the {what} must be 1 to the model's {shape.max_context_tokens} tokens, got {tokens}")
-    if calibration_tokens > context_tokens:
-        raise InputError(
-            f"the calibration length must be at most the context length {context_tokens}, got {calibration_tokens}"
-        )
-    return context_tokens, calibration_tokens
+            raise InputError(
+                f"the {what} length must be 1 to the model's {shape.max_context_tokens} tokens, got {tokens}"
+            )
+    for what, tokens, name, most in (
+        ("calibration", calibration, "context", context),
+        ("search", search, "calibration", calibration),
+    ):
+        if tokens > most:
+            raise InputError(f"the {what} length must be at most the {name} length {most}, got {tokens}")
+    return Lengths(context, calibration, search)

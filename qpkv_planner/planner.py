@@ -17,7 +17,7 @@ from typing import Any
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from qpkv_planner.estimate import estimated_steps
-from qpkv_planner.options import Options
+from qpkv_planner.options import Options, check_lengths
 from qpkv_planner.progress import Progress
 from qpkv_planner.report import Report, check_report, write_report
 from qpkv_planner.session import Session
@@ -60,7 +60,7 @@ def frontier(
     with _session(
         model, tokenizer, Options(**options), name, study, calibration_cache, report, quiet, count
     ) as session:
-        full = full_bytes(model_shape(model), session.context_tokens)
+        full = full_bytes(model_shape(model), session.lengths.context)
         ordered = sorted(budgets, key=lambda one: -limit_bytes(one, full))
         for budget in ordered:
             session.check_holds(budget)
@@ -124,7 +124,9 @@ def _session(
         check_report(report)
     if model.config._attn_implementation != NAME:
         raise UnsupportedModelError(f"planning needs qpkv attention: call model.set_attn_implementation('{NAME}')")
-    progress = Progress(estimated_steps(options.effort, model_shape(model).num_layers, num_budgets), quiet)
+    shape = model_shape(model)
+    steps = estimated_steps(options, check_lengths(options, shape), shape.num_layers, num_budgets)
+    progress = Progress(steps, quiet)
     session = Session(model, tokenizer, options, name, study, calibration_cache, progress, num_budgets)
     try:
         yield session

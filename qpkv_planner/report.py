@@ -81,7 +81,10 @@ class Report:
 def _points(evaluator: Evaluator, plans: Sequence[Plan]) -> Iterator[Point]:
     full = evaluator.full()
     keys = [Space.of_plan(plan).key(allocation_of(plan)) for plan in plans]
-    tokens = next(plan.calibration.context_tokens for plan in plans if plan.calibration is not None)
+    found = next(plan.calibration for plan in plans if plan.calibration is not None)
+    tokens = found.context_tokens
+    if evaluator.prepared.name == "search":
+        tokens = found.search.get("context_tokens", tokens)
     for entry, losses in evaluator.journalled():
         space, allocation = Space.of_key(entry.what, plans[0].model, tokens)
         above = full.mean("ce") - full.of_contexts(losses.contexts).mean("ce")

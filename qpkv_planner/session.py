@@ -76,9 +76,11 @@ class Session:
         self.model, self.options, self.effort, self.progress = model, options, options.effort, progress
         self.stopped: Literal["interrupted", "timeout"] | None = None
         shape = model_shape(model)
-        self.context_tokens, self.calibration_tokens = check_lengths(options, shape)
+        self.lengths = check_lengths(options, shape)
         counts = {"search": self.effort.search_contexts, "validation": self.effort.validation_contexts}
-        self.splits = make_splits(tokenizer, counts, self.calibration_tokens, options.seed, options.data)
+        self.splits = make_splits(
+            tokenizer, counts, self.lengths.calibration, options.seed, options.data, self.lengths.search
+        )
         self.section = describe(
             model, tokenizer, name or model.config._name_or_path, self.splits["search"].contexts[0], options.revision
         )
@@ -125,11 +127,11 @@ class Session:
     def say_estimate(self) -> None:
         """What is about to be done, and what it will take."""
         samples = {name: sum(len(one.samples) for one in split.contexts) for name, split in self.splits.items()}
-        expected = estimate(known_model(self.model), self.options, self.context_tokens, self.num_budgets, samples)
+        expected = estimate(known_model(self.model), self.options, self.lengths, self.num_budgets, samples)
         speed = operations_per_second(runs_on(self.model), self.model.dtype)
         self.progress.say(
-            f"about {duration(expected.seconds(speed))} for {sum(expected.contexts.values())} prefills of "
-            f"{self.calibration_tokens} tokens and {expected.steps} steps of search; prefills take "
+            f"about {duration(expected.seconds(speed))} for {expected.prefills} and {expected.steps} steps of search; "
+            "prefills take "
             f"{readable(sum(expected.prefill_bytes.values()))}"
         )
 
@@ -151,23 +153,26 @@ class Session:
 
     def check_holds(self, budget: str) -> None:
         """Raise BudgetError, naming the smallest possible, unless some plan fits."""
-        space = with_format(self.space(budget, self.context_tokens), QUICK_FORMATS[-1], self.reserve_tokens)
+        space = with_format(self.space(budget, self.lengths.context), QUICK_FORMATS[-1], self.reserve_tokens)
         space.check_holds(QUICK_FORMATS)
 
     def announce(self, budget: str) -> None:
         """Prefill, when it comes to it, for this budget too."""
-        shipped = self.space(budget, self.context_tokens)
+        shipped = self.space(budget, self.lengths.context)
         if self.lossless(shipped, quiet=True) is None:
-            self.announced += scorings_of(self.grid(shipped)[1])
+            for tokens in {self.lengths.search: None, self.lengths.calibration: None}:
+                self.announced += scorings_of(self.grid(self.at_length(shipped, tokens)))
 
-    def grid(self, shipped: Space) -> tuple[Space, list[Setting]]:
-        """The space of the search for a plan in `shipped`, and its uniform settings."""
-        space = shipped
-        if self.calibration_tokens < self.context_tokens:  # the same share of what the calibration contexts would take
-            share = Fraction(shipped.limit_bytes, shipped.full_bytes)
-            full = full_bytes(space.shape, self.calibration_tokens)
-            space = self.space(f"{int(full * share)}B", self.calibration_tokens)
-        return space, make_grid(space, self.effort.scorers, self.effort.formats, self.reserve_tokens)
+    def at_length(self, shipped: Space, tokens: int) -> Space:
+        """The space whose plans take the same share of a context of `tokens` tokens."""
+        if tokens == shipped.context_tokens:
+            return shipped
+        share = Fraction(shipped.limit_bytes, shipped.full_bytes)
+        return self.space(f"{int(full_bytes(shipped.shape, tokens) * share)}B", tokens)
+
+    def grid(self, space: Space) -> list[Setting]:
+        """The uniform settings of a space."""
+        return make_grid(space, self.effort.scorers, self.effort.formats, self.reserve_tokens)
 
     def lossless(self, space: Space, quiet: bool = False) -> Plan | None:
         """The plan that keeps everything at 16 bit, where the budget holds that and a reserve."""
@@ -178,7 +183,7 @@ class Session:
             return None
         if not quiet:
             self.progress.say(
-                f"warning: {space.requested} = {space.limit_bytes:,} bytes holds {self.context_tokens} tokens and the "
+                f"warning: {space.requested} = {space.limit_bytes:,} bytes holds {self.lengths.context} tokens and the "
                 "reserve at 16 bit: nothing needs compressing, and the plan keeps everything"
             )
         return whole.plan(allocation)
@@ -200,7 +205,7 @@ class Session:
         self.progress.stage(f"prefill {split.name}")
         samples = sum(len(context.samples) for context in split.contexts)
         needed = prefills_bytes(
-            known_model(self.model), len(split.contexts), samples, self.calibration_tokens, len(scorings)
+            known_model(self.model), len(split.contexts), samples, self.lengths.of_split(split.name), len(scorings)
         )
         place = choose_places({split.name: needed}, runs_on(self.model), self.options.prefill_memory)[split.name]
         self.progress.say(f"{split.name}: prefills of about {readable(needed)} go to {place}")

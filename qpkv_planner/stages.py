@@ -1,8 +1,9 @@
 """From one budget to its plan: uniform grid, elimination, knapsack, Optuna, validation.
 
 Every stage works on the search split and hands the next one its allocation. The stages' results meet on the validation
-split, where the lowest mean of cross-entropy and KL ships, with the paired interval of its cross-entropy against the
-best uniform setting. What each stage predicted and measured goes into the plan's `calibration.search`.
+split, stretched to its length where the search looked at shorter contexts. The lowest mean of cross-entropy and KL
+ships, with the paired interval of its cross-entropy against the best uniform setting. What each stage predicted and
+measured goes into the plan's `calibration.search`.
 """
 
 from __future__ import annotations
@@ -19,6 +20,7 @@ from qpkv_planner.grid import Setting, with_format
 from qpkv_planner.knapsack import additivity, improve
 from qpkv_planner.measurement import Evaluator, Losses, OutOfTime, interval
 from qpkv_planner.session import LastFound, Session, scorings_of, versions
+from qpkv_runtime.compression import Scoring
 from qpkv_runtime.errors import InputError
 from qpkv_runtime.plan import Calibration, Comparison, Plan
 
@@ -36,35 +38,36 @@ class Candidate:
 
 def plan_budget(session: Session, budget: str) -> Plan:
     """The plan of one budget, then the last of the session's `plans`. Raises BudgetError where nothing fits."""
-    shipped = session.space(budget, session.context_tokens)
+    shipped = session.space(budget, session.lengths.context)
     plan = session.lossless(shipped)
     if plan is None:
         session.check_holds(budget)
         if not session.plans:
             session.say_estimate()
-        space, grid = session.grid(shipped)
         limit, full = shipped.limit_bytes, shipped.full_bytes
-        session.progress.say(f"budget {budget} of {session.context_tokens} tokens: {limit:,} of {full:,} bytes")
-        plan = Search(session, shipped, space, grid).run()
+        session.progress.say(f"budget {budget} of {session.lengths.context} tokens: {limit:,} of {full:,} bytes")
+        plan = Search(session, shipped).run()
     session.plans.append(plan)
     return plan
 
 
 class Search:
-    """The stages for one budget. shipped: the space of the plan; space: that of the search, which is another one where
-    calibration contexts are shorter."""
+    """The stages for one budget. shipped: the space of the plan; space: that of the search, where contexts may be
+    shorter."""
 
-    def __init__(self, session: Session, shipped: Space, space: Space, grid: list[Setting]) -> None:
-        self.session, self.shipped, self.space, self.grid = session, shipped, space, grid
+    def __init__(self, session: Session, shipped: Space) -> None:
+        self.session, self.shipped = session, shipped
+        self.space = session.at_length(shipped, session.lengths.search)
+        self.grid = session.grid(self.space)
         self.effort, self.options, self.progress = session.effort, session.options, session.progress
         self.objective = session.options.objective
-        self.record: dict[str, Any] = {}
+        self.record: dict[str, Any] = {"context_tokens": session.lengths.search}
         self.best_uniform: Candidate | None = None
         self.candidates: list[Candidate] = []
         self.slope = 0.0
         held = session.evaluators.get("search")
         self.spent_before = 0.0 if held is None else held.spent  # on other budgets
-        self.scorings = scorings_of(grid)
+        self.scorings = scorings_of(self.grid)
 
     def run(self) -> Plan:
         split = "validation"
@@ -160,23 +163,34 @@ class Search:
 
     def _ship(self, split: str) -> Plan:
         """The finalists on a split; the plan of the best of them there."""
-        session, progress = self.session, self.progress
-        evaluator = session.evaluator(split, self.scorings)
-        self._stage("finalists")
+        session, progress, tokens = self.session, self.progress, self.session.lengths.of_split(split)
+        judged = session.at_length(self.shipped, tokens)
         assert self.best_uniform is not None
-        finals = []
-        for candidate in (self.best_uniform, *self.candidates):
-            losses = evaluator.evaluate(candidate.space, candidate.allocation)
-            finals.append((candidate, losses))
-            self._say(f"  {candidate.stage}", losses)
+        uniforms = [self.best_uniform]
+        if tokens != self.space.context_tokens:  # what is best there is not known yet
+            uniforms = [Candidate(one.name, one.space, one.allocation) for one in session.grid(judged)]
+        scorings = [Scoring.of(one.space.scorer, one.space.sinks, one.space.window) for one in uniforms]
+        evaluator = session.evaluator(split, [*self.scorings, *scorings])
+        self._stage("finalists")
+
+        def measured(candidate: Candidate) -> tuple[Candidate, Losses]:
             progress.step()
+            return candidate, evaluator.evaluate(candidate.space, candidate.allocation)
+
+        finals = [min(map(measured, uniforms), key=lambda final: final[1].mean("ce"))]
+        finals += [measured(self._stretched(candidate, judged)) for candidate in self.candidates]
+        for candidate, losses in finals:
+            self._say(f"  {candidate.stage}", losses)
         full, uniform = evaluator.full(), finals[0][1]
         winner, losses = min(finals, key=lambda final: _under_both(final[1]))
         self.record["finalists"] = [{"stage": c.stage, **_means(loss)} for c, loss in finals]
         search_evaluator = session.evaluator("search", self.scorings)
         self.record["search_evaluations"] = search_evaluator.spent - self.spent_before
-        on_search = search_evaluator.evaluate(winner.space, winner.allocation)
-        self.record["optimism"] = losses.mean(self.objective) - on_search.mean(self.objective)
+        if tokens == self.space.context_tokens:  # else the two do not compare
+            on_search = search_evaluator.evaluate(winner.space, winner.allocation)
+            self.record["optimism"] = losses.mean(self.objective) - on_search.mean(self.objective)
+        # a share of the cache is worth as much at either length
+        slope = self.slope * self.space.limit_bytes / self.shipped.limit_bytes
         gain = interval(losses, "ce", minus=uniform)
         progress.say(
             f"{winner.stage} ships: cross-entropy {losses.mean('ce'):.3f} (full {full.mean('ce'):.3f}, "
@@ -185,7 +199,7 @@ class Search:
         calibration = Calibration(
             objective=self.objective,
             seed=self.options.seed,
-            context_tokens=session.calibration_tokens,
+            context_tokens=tokens,
             data=self.options.data.record(),
             measured_on="search" if split == "search" else "validation",
             stopped=session.stopped,
@@ -201,30 +215,33 @@ class Search:
             },
             by_kind={"full": full.by_kind(), "plan": losses.by_kind(), "best_uniform": uniform.by_kind()},
             winner=winner.stage,
-            lambda_nats_per_mib=_rounded(self.slope),
-            beta=_rounded(lagrangian.beta(self.slope)),
-            best_uniform=self.best_uniform.stage,
+            lambda_nats_per_mib=_rounded(slope),
+            beta=_rounded(lagrangian.beta(slope)),
+            best_uniform=finals[0][0].stage,
             versions=versions(),
             search=_rounded(self.record),
         )
-        return self._stretched(winner, calibration)
-
-    def _stretched(self, winner: Candidate, calibration: Calibration) -> Plan:
-        """The plan of what was found, at the length it is for: each layer keeps the same share of it."""
-        if self.shipped is self.space:
-            return winner.space.plan(winner.allocation, calibration)
-        at = replace(winner.space, requested=self.shipped.requested, context_tokens=self.shipped.context_tokens)
-        at = with_format(at, winner.allocation[0].format, self.session.reserve_tokens)
-        allocation = at.project([float(c.tokens) for c in winner.allocation], [c.format for c in winner.allocation])
-        assert allocation is not None, "what fits a short context fits the same share of a long one"
-        measured = [[choice.tokens, choice.format] for choice in winner.allocation]
+        at = self._stretched(winner, self.shipped)
+        if at is winner:
+            return at.space.plan(at.allocation, calibration)
         search = {
             **calibration.search,
-            "measured_allocation": measured,
+            "measured_allocation": [[choice.tokens, choice.format] for choice in winner.allocation],
             "measured_reserve_tokens": winner.space.decode.reserve_tokens,
         }
-        stretched = at.plan(allocation, calibration.model_copy(update={"search": search}))
-        return stretched.model_copy(update={"extrapolated": True})
+        plan = at.space.plan(at.allocation, calibration.model_copy(update={"search": search}))
+        return plan.model_copy(update={"extrapolated": True})
+
+    def _stretched(self, candidate: Candidate, to: Space) -> Candidate:
+        """The candidate at the length of `to`: each layer keeps the same share of it."""
+        if candidate.space.context_tokens == to.context_tokens:
+            return candidate
+        space = replace(candidate.space, requested=to.requested, context_tokens=to.context_tokens)
+        space = with_format(space, candidate.allocation[0].format, self.session.reserve_tokens)
+        weights = [float(choice.tokens) for choice in candidate.allocation]
+        allocation = space.project(weights, [choice.format for choice in candidate.allocation])
+        assert allocation is not None, "what fits a short context fits the same share of a long one"
+        return Candidate(candidate.stage, space, allocation)
 
     def _grid(self, evaluator: Evaluator) -> Setting:
         """Measure the uniform settings. The one of lowest cross-entropy is what the plan must beat; the search starts

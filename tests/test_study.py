@@ -14,12 +14,14 @@ import optuna
 import pytest
 from small_search import FEW, MIX, SMALLEST, Command
 
-from qpkv_planner import cli, measurement, options, planner
+from qpkv_planner import cli, measurement, options, planner, regression
+from qpkv_planner.allocation import Space
 from qpkv_planner.calibration import Data, make_splits, parse_mix
+from qpkv_planner.grid import make_grid
 from qpkv_planner.journal import Journal
 from qpkv_runtime.errors import BudgetError, InputError
 from qpkv_runtime.models import load_model, load_tokenizer
-from qpkv_runtime.plan import load_plan, parse_plan
+from qpkv_runtime.plan import UNIFORM, load_plan, parse_plan
 
 ARGUMENTS = ["--model", "tiny", "--dtype", "float32", "--budget", "1/8", "--context-length", "320", "--quick"]
 ARGUMENTS += ["--calibration-mix", MIX]
@@ -150,6 +152,30 @@ def test_a_plan_for_a_longer_context_keeps_the_same_shares_and_says_it_extrapola
     assert found.budget.planned_bytes <= found.budget.limit_bytes == found.budget.full_bytes // 8
     for layer, (tokens, _) in zip(found.layers, measured, strict=True):
         assert layer.tokens > 2 * tokens
+
+
+def test_a_search_of_shorter_contexts_is_judged_at_the_plans_own_length(tiny):
+    settings = SETTINGS | {"context_tokens": 640, "search_tokens": 320}
+    found = planner.plan(*tiny, "1/8", **settings)
+    record = found.calibration
+    assert not found.extrapolated and record.context_tokens == 640 and record.search["context_tokens"] == 320
+    assert "optimism" not in record.search
+    own = replace(Space.of_plan(found), scorer=options.SCORERS[0], window=4, sinks=4, heads=UNIFORM)
+    grid = make_grid(own, options.SCORERS, SMALLEST.formats, None)
+    rivals = [setting.space.plan(setting.allocation) for setting in grid]
+    measured = regression.measure(tiny[0], regression.recorded_split(found, tiny[1]), [found, *rivals])
+    plan, *uniform = [losses.mean("ce") for losses in measured.plans]
+    assert plan == pytest.approx(record.cross_entropy.plan.mean, abs=1e-4)
+    assert min(uniform) == pytest.approx(record.cross_entropy.best_uniform.mean, abs=1e-4)
+    assert grid[uniform.index(min(uniform))].name == record.best_uniform
+
+
+def test_lengths_that_do_not_fit_into_each_other_are_refused(tiny, tmp_path):
+    with pytest.raises(InputError, match="search length must be at most the calibration length 320, got 640"):
+        planner.plan(*tiny, "1/8", **SETTINGS | {"search_tokens": 640})
+    data = Data(file=samples(tmp_path / "mine.jsonl", [{"prompt": PROMPT, "continuation": " it"}]))
+    with pytest.raises(InputError, match="leave it out with --calibration"):
+        planner.plan(*tiny, "1/8", **SETTINGS | {"search_tokens": 160, "data": data})
 
 
 # --- a user's own samples ---
