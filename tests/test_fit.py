@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 import pytest
 import yaml
 
@@ -9,6 +11,7 @@ from qpkv_planner import cli
 from qpkv_planner.estimate import Estimate
 from qpkv_planner.fit import fit, memory_bytes, prefill_bytes
 from qpkv_planner.machine import measured_prefill_bytes
+from qpkv_planner.options import Lengths
 from qpkv_runtime.errors import BudgetError, InputError
 from qpkv_runtime.models import KNOWN_MODELS, load_model
 
@@ -69,11 +72,16 @@ def test_a_dry_run_of_an_alias_needs_no_weights_and_prints_yaml(capsys):
 def test_a_longer_context_takes_more_of_everything():
     known = KNOWN_MODELS["smollm2"]
     short, long = (
-        Estimate(known, {"search": 2, "validation": 3}, {"search": 12, "validation": 18}, tokens, 3, 100)
-        for tokens in (1024, 2048)
+        Estimate(known, {"search": 2, "validation": 3}, {"search": 12, "validation": 18}, lengths, 3, 100)
+        for lengths in (Lengths(1024, 1024, 1024), Lengths(2048, 2048, 2048))
     )
     assert long.seconds(1e11) > 2 * short.seconds(1e11)
     assert long.prefill_bytes["search"] > 1.4 * short.prefill_bytes["search"]
+    mixed = replace(long, lengths=Lengths(2048, 2048, 1024))
+    assert mixed.prefill_bytes == {**long.prefill_bytes, "search": short.prefill_bytes["search"]}
+    assert short.seconds(1e11) < mixed.seconds(1e11) < long.seconds(1e11)
+    assert mixed.prefills == "2 prefills of 1024 and 3 of 2048 tokens"
+    assert long.prefills == "5 prefills of 2048 tokens"
 
 
 @pytest.mark.parametrize("text", ["24", "1/2", "lots", "24GiB please"])
