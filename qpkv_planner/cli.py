@@ -40,7 +40,7 @@ EXAMPLES = """\
   qpkv-plan --model smollm2 --budget 1/64 --report report.html > plan.yaml (the search, drawn: open it in a browser)
   qpkv-plan --model smollm2 --budget 1/64 --study study > plan.yaml        (killed? again with --resume)
   qpkv-plan --model smollm2 --budget 1/64 --storage trials.log > plan.yaml (then: optuna-dashboard trials.log)
-  qpkv-plan --model ./my-model --budget 512MiB --context-length 32768 --calibration-length 4096
+  qpkv-plan --model ./my-model --budget 512MiB --context-length 32768 --search-length 8192
   qpkv-plan --model smollm2 --budget 1/16 --calibration samples.jsonl --regime agnostic > plan.yaml
   qpkv-plan --model llama-3-8b --fit 24GiB --batch 16 --context-length 8192 --dry-run     (what would be done)
   qpkv-plan --model mistral-7b --budget 1/64 --uniform snapkv:kivi:4bit    (by arithmetic alone: no weights, no search)
@@ -91,8 +91,8 @@ def parser() -> CommandParser:
         "--search-length",
         type=int,
         metavar="TOKENS",
-        help="the length of the contexts that the search looks at; what it finds is stretched and measured at the "
-        "calibration length (default: that length, 1024 at most)",
+        help="the length of the contexts that the search looks at, to save time on long ones; what it finds is "
+        "stretched and measured at the calibration length (default: that length)",
     )
     out.add_argument("--quick", action="store_true", help="a first look: fewer contexts, formats and trials")
     out.add_argument("--objective", choices=("kl", "ce"), default="kl", help="what the search minimises (default kl)")

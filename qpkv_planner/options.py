@@ -13,7 +13,6 @@ from qpkv_runtime.models.shape import ModelShape
 from qpkv_runtime.plan import Scorer
 
 QUICK_CONTEXT_TOKENS = 1024
-SEARCH_TOKENS = 1024  # of the search contexts, at most: what is found there holds at longer ones (LOG.md)
 
 SHORT = {"name": "snapkv", "queries": 16, "kernel": 9, "lead": 4, "pooling": "average"}
 LONG = {"name": "snapkv", "queries": 16, "kernel": 15, "lead": 7, "pooling": "average"}
@@ -45,10 +44,9 @@ class Options:
 
     context_tokens: the length a ratio refers to, None for 2048 (quick: 1024) or the model's if that is smaller;
     calibration_tokens, search_tokens: the lengths of the contexts that finalists are measured on, and of those that the
-    search looks at, as of `Lengths`; data: where the contexts come from; max_new_tokens: the
-    reserve's size; heads: how KV heads share a layer's tokens (searched: each its own count, as the knapsack finds;
-    uniform; adaptive; or weighted, measured on the search contexts); revision: the model's on the hub, to be loaded by;
-    timeout_seconds: the search's, validation comes on top; sampler, storage: Optuna's; prefill_memory: bytes of memory
+    search looks at, as of `Lengths`; data: where the contexts come from; max_new_tokens: the reserve's size; heads: how
+    KV heads share a layer's tokens (searched: each its own count, as the knapsack finds; uniform; adaptive; or
+    weighted, measured on the search contexts); revision: the model's on the hub, to be loaded by; timeout_seconds: the search's, validation comes on top; sampler, storage: Optuna's; prefill_memory: bytes of memory
     that prefills may take, None for what is free: what is more goes to disk.
     """
 
@@ -81,8 +79,8 @@ class Options:
 class Lengths:
     """In tokens, none longer than the one before. context: of the plan; calibration: of the contexts on which finalists
     and uniform settings are measured, the same unless given; search: of the contexts that the search looks at, at the
-    same ratio of the cache, up to SEARCH_TOKENS unless given. What is found is stretched, the same share of each layer,
-    from one to the next; a user's own samples are as long for both."""
+    same ratio of the cache, the same unless given. What is found is stretched, the same share of each layer, from one
+    to the next; a user's own samples are as long for both."""
 
     context: int
     calibration: int
@@ -98,10 +96,9 @@ def check_lengths(options: Options, shape: ModelShape) -> Lengths:
     default_tokens = QUICK_CONTEXT_TOKENS if options.quick else DEFAULT_CONTEXT_TOKENS
     context = options.context_tokens or min(default_tokens, shape.max_context_tokens)
     calibration = options.calibration_tokens or context
-    own = options.data.file is not None
-    if own and options.search_tokens is not None:
+    if options.data.file is not None and options.search_tokens is not None:
         raise InputError("--search-length is of the built-in samples: leave it out with --calibration")
-    search = options.search_tokens or (calibration if own else min(calibration, SEARCH_TOKENS))
+    search = options.search_tokens or calibration
     for what, tokens in (("context", context), ("calibration", calibration), ("search", search)):
         if not 0 < tokens <= shape.max_context_tokens:
             raise InputError(
