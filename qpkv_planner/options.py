@@ -46,8 +46,9 @@ class Options:
     calibration_tokens, search_tokens: the lengths of the contexts that finalists are measured on, and of those that the
     search looks at, as of `Lengths`; data: where the contexts come from; max_new_tokens: the reserve's size; heads: how
     KV heads share a layer's tokens (searched: each its own count, as the knapsack finds; uniform; adaptive; or
-    weighted, measured on the search contexts); revision: the model's on the hub, to be loaded by; timeout_seconds: the search's, validation comes on top; sampler, storage: Optuna's; prefill_memory: bytes of memory
-    that prefills may take, None for what is free: what is more goes to disk.
+    weighted, measured on the search contexts); revision: the model's on the hub, to be loaded by; timeout_seconds: the
+    search's, validation comes on top; sampler, storage: Optuna's; prefill_memory: bytes of memory that prefills may
+    take, None for what is free: what is more goes to disk.
     """
 
     context_tokens: int | None = None
