@@ -171,7 +171,7 @@ class ContextRun:
             )
         rows = [sample.prompt + sample.continuation[:-1] for sample in self.samples]
         logits = self._branch(model, cache, rows, [len(sample.continuation) for sample in self.samples])
-        self.logprobs = [of_sample.float().log_softmax(-1) for of_sample in logits]
+        self.logprobs = [of_sample.log_softmax(-1) for of_sample in logits]
 
     def _branch(
         self, model: PreTrainedModel, cache: Cache, rows: list[tuple[int, ...]], counts: Sequence[int]

@@ -20,7 +20,6 @@ from qpkv_planner.grid import Setting, with_format
 from qpkv_planner.knapsack import additivity, improve
 from qpkv_planner.measurement import Evaluator, Losses, OutOfTime, interval
 from qpkv_planner.session import LastFound, Session, scorings_of, versions
-from qpkv_runtime.compression import Scoring
 from qpkv_runtime.errors import InputError
 from qpkv_runtime.plan import Calibration, Comparison, Plan
 
@@ -166,11 +165,10 @@ class Search:
         session, progress, tokens = self.session, self.progress, self.session.lengths.of_split(split)
         judged = session.at_length(self.shipped, tokens)
         assert self.best_uniform is not None
-        uniforms = [self.best_uniform]
-        if tokens != self.space.context_tokens:  # what is best there is not known yet
-            uniforms = [Candidate(one.name, one.space, one.allocation) for one in session.grid(judged)]
-        scorings = [Scoring.of(one.space.scorer, one.space.sinks, one.space.window) for one in uniforms]
-        evaluator = session.evaluator(split, [*self.scorings, *scorings])
+        is_stretched = tokens != self.space.context_tokens
+        settings = session.grid(judged) if is_stretched else []  # what is best there is not known yet
+        uniforms = [Candidate(one.name, one.space, one.allocation) for one in settings] or [self.best_uniform]
+        evaluator = session.evaluator(split, [*self.scorings, *scorings_of(settings)])
         self._stage("finalists")
 
         def measured(candidate: Candidate) -> tuple[Candidate, Losses]:
@@ -186,7 +184,7 @@ class Search:
         self.record["finalists"] = [{"stage": c.stage, **_means(loss)} for c, loss in finals]
         search_evaluator = session.evaluator("search", self.scorings)
         self.record["search_evaluations"] = search_evaluator.spent - self.spent_before
-        if tokens == self.space.context_tokens:  # else the two do not compare
+        if not is_stretched:  # else the two do not compare
             on_search = search_evaluator.evaluate(winner.space, winner.allocation)
             self.record["optimism"] = losses.mean(self.objective) - on_search.mean(self.objective)
         # a share of the cache is worth as much at either length
