@@ -68,20 +68,29 @@ def sample_changes(
     objective: Objective, parts: Sequence[int],
 ) -> list[list[NDArray[np.float64]]]:  # fmt: skip
     """The same for each sample and KV head, float64 [samples, H_kv] in nats, without the standard error."""
+    found = evaluator.divided(_sample_changes, space, allocation, parts, alternatives, objective)
+    return [[found[f"{layer} {place}"] for place in range(len(own))] for layer, own in enumerate(alternatives)]
+
+
+def _sample_changes(
+    evaluator: Evaluator, space: Space, allocation: Allocation, parts: Sequence[int],
+    alternatives: Sequence[Sequence[Choice]], objective: Objective,
+) -> dict[str, NDArray[np.float64]]:  # fmt: skip
+    """As `sample_changes`, by layer and alternative."""
     attended, gradients = _gradients(evaluator, space, allocation, objective, parts)
     for scale in SCALES[1:]:
         scaled = space.scaled(allocation, scale)
         for total, more in zip(gradients, _gradients(evaluator, space, scaled, objective, parts)[1], strict=True):
             total += more
     before = _outputs(evaluator, space, allocation, list(range(len(allocation))), attended, parts)
-    changes: list[list[NDArray[np.float64]]] = [[] for _ in allocation]
+    changes: dict[str, NDArray[np.float64]] = {}
     for place in range(max(map(len, alternatives))):
         layers = [layer for layer, of_layer in enumerate(alternatives) if place < len(of_layer)]
         other = [of_layer[place] if place < len(of_layer) else allocation[i] for i, of_layer in enumerate(alternatives)]
         for layer, out in _outputs(evaluator, space, tuple(other), layers, attended, parts).items():
             by_query_head = ((out - before[layer]) * gradients[layer]).sum((2, 3)) / len(SCALES)
             change = by_query_head.unflatten(1, (space.shape.num_kv_heads, -1)).sum(2)
-            changes[layer].append(change.double().cpu().numpy())
+            changes[f"{layer} {place}"] = change.double().cpu().numpy()
     return changes
 
 

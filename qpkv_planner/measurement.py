@@ -9,9 +9,11 @@ Loss: mean over a sample's tokens, mean over the samples of a kind, mean over ki
 from __future__ import annotations
 
 import time
+import weakref
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
-from itertools import combinations
+from functools import partial
+from itertools import combinations, pairwise
 from typing import Any, Literal, cast
 
 import numpy as np
@@ -25,6 +27,7 @@ from qpkv_planner.journal import Entry, Journal
 from qpkv_planner.one_row import Watch, one_row
 from qpkv_planner.prefill import Prepared, output_logits
 from qpkv_planner.side_by_side import side_by_side
+from qpkv_planner.workers import Workers, can_fork
 from qpkv_runtime.cache import PlannedCache, layer_devices, runs_on
 from qpkv_runtime.compression import Scoring, compress, keep
 from qpkv_runtime.errors import NumericsError
@@ -33,6 +36,10 @@ from qpkv_runtime.plan import Interval, Plan
 
 Objective = Literal["kl", "ce"]
 NUM_RESAMPLES = 2000
+LEAST_SHARE = 2  # samples of each part that a worker is worth its while for
+
+Work = Callable[..., Mapping[str, NDArray[Any]]]
+"""(evaluator, space, allocation, parts, and what else is given) -> arrays whose first dimension is the samples."""
 
 
 @dataclass(frozen=True)
@@ -123,7 +130,8 @@ class OutOfTime(Exception):  # noqa: N818 (a reason to stop, not an error)
 
 @dataclass
 class Evaluator:
-    """Evaluates allocations on one prepared split. Whatever `journal` holds is not measured again.
+    """Evaluates allocations on one prepared split. Whatever `journal` holds is not measured again. On a CPU the samples
+    are divided among as many processes as torch uses threads.
 
     spent: evaluations asked for so far, in units of one forward of all samples through all layers; deadline: the
     `time.monotonic()` after which nothing is measured any more and OutOfTime raised.
@@ -137,8 +145,11 @@ class Evaluator:
     deadline: float | None = None
     _blocks: dict[tuple[Any, ...], Tensor] = field(default_factory=dict)
     _held_bytes: int = 0
+    _workers: Workers | None = None
 
     def __post_init__(self) -> None:
+        starts = self.prepared.part_starts
+        self._part_rows = [range(start, end) for start, end in pairwise(starts)]
         self._decoder = cast(Any, self.model.get_decoder())
         self._devices = layer_devices(self.model)
         self._full_probabilities = self.prepared.full_logprobs.exp()
@@ -149,16 +160,16 @@ class Evaluator:
     @property
     def parts(self) -> tuple[int, ...]:
         """All parts of the samples."""
-        return tuple(range(len(self.prepared.part_starts) - 1))
+        return tuple(range(len(self._part_rows)))
 
     def evaluate(self, space: Space, allocation: Allocation, parts: Sequence[int] | None = None) -> Losses:
         """The losses of an allocation on these parts of the samples (all)."""
         parts = tuple(parts or self.parts)
         rows = self.rows(parts)
 
-        @torch.no_grad()
         def measure() -> dict[str, list[float]]:
-            return _values(self.sample_losses(self.forward(self.cache(space, allocation, parts), rows), rows))
+            losses = self.divided(_allocation_losses, space, allocation, parts)
+            return {name: of_samples.tolist() for name, of_samples in losses.items()}
 
         return self._of_rows(self.recalled({}, space, allocation, parts, 1.0, measure), rows)
 
@@ -210,6 +221,42 @@ class Evaluator:
 
     # --- what they are made of ---
 
+    def divided(
+        self, work: Work, space: Space, allocation: Allocation, parts: Sequence[int], *more: Any
+    ) -> dict[str, NDArray[Any]]:
+        """work(self, space, allocation, parts, *more), done by the workers on a share of every part each where there
+        are some. work: a function of a module, and nothing that it is given is a tensor."""
+        number = self._num_workers
+        if number == 1:
+            return dict(work(self, space, allocation, parts, *more))
+        if self._workers is None:
+            self._workers = Workers(number, partial(self._become, number))
+            weakref.finalize(self, self._workers.close)
+        answers = self._workers.run(work, space, allocation, parts, *more)
+        rows = [row for worker in range(number) for part in parts for row in self._share(part, worker, number)]
+        places = {row: place for place, row in enumerate(rows)}
+        order = [places[row] for row in self.rows(parts)]
+        return {name: np.concatenate([answer[name] for answer in answers])[order] for name in answers[0]}
+
+    @property
+    def _num_workers(self) -> int:
+        """Of which each has something of every part."""
+        if runs_on(self.model).type != "cpu" or not can_fork():
+            return 1
+        return max(1, min(torch.get_num_threads(), min(map(len, self._part_rows)) // LEAST_SHARE))
+
+    def _share(self, part: int, worker: int, number: int) -> range:
+        """A worker's rows of a part."""
+        rows = self._part_rows[part]
+        return rows[len(rows) * worker // number : len(rows) * (worker + 1) // number]
+
+    def _become(self, number: int, worker: int) -> Evaluator:
+        """Makes this evaluator, a copy in a process of its own, one of so many workers."""
+        self._part_rows = [self._share(part, worker, number) for part in self.parts]
+        self.memo_bytes //= number
+        self._blocks, self._held_bytes, self._workers = {}, 0, None
+        return self
+
     def forward(self, cache: PlannedCache, rows: list[int], watch: Watch | None = None) -> Tensor:
         """The inputs of these samples over their compressed prompts, all in one row -> [1, inputs, hidden].
 
@@ -242,8 +289,7 @@ class Evaluator:
 
     def rows(self, parts: Sequence[int]) -> list[int]:
         """The samples of these parts."""
-        starts = self.prepared.part_starts
-        return [row for part in parts for row in range(starts[part], starts[part + 1])]
+        return [row for part in parts for row in self._part_rows[part]]
 
     def cache(self, space: Space, allocation: Allocation, parts: Sequence[int]) -> PlannedCache:
         """The runtime's cache as if these samples had just been prefilled."""
@@ -288,7 +334,7 @@ class Evaluator:
     def _compress(self, plan: Plan, scoring: Scoring, layout: LayerLedger, part: int) -> Tensor:
         """From wherever the prefill is to the device that the layer runs on."""
         prepared, layer = self.prepared, self.prepared.layers[layout.layer]
-        rows = slice(prepared.part_starts[part], prepared.part_starts[part + 1])
+        rows = slice(self._part_rows[part].start, self._part_rows[part].stop)
         device = self._devices[layout.layer]
         scored, token_rows = layer.scored[scoring], prepared.token_rows[rows]
         selections = keep(plan, layout.layer, scored.ranking.of_rows(rows).to(device))
@@ -343,6 +389,16 @@ class Evaluator:
     def _of_rows(self, values: Mapping[str, Sequence[float]], rows: list[int]) -> Losses:
         prepared = self.prepared
         return Losses.of(values, [prepared.kinds[row] for row in rows], [prepared.contexts[row] for row in rows])
+
+
+@torch.no_grad()
+def _allocation_losses(
+    evaluator: Evaluator, space: Space, allocation: Allocation, parts: Sequence[int]
+) -> dict[str, NDArray[Any]]:
+    """As `Losses.of` takes them."""
+    rows = evaluator.rows(parts)
+    losses = evaluator.sample_losses(evaluator.forward(evaluator.cache(space, allocation, parts), rows), rows)
+    return {name: of_samples.numpy(force=True) for name, of_samples in losses.items()}
 
 
 def _values(losses: Mapping[str, Tensor]) -> dict[str, list[float]]:

@@ -362,7 +362,7 @@ CLIPS = {
 }
 
 
-VALUES_AT_ONCE = 2**17  # whose scales are searched: with all clips side by side, about a core's cache
+VALUES_AT_ONCE = 2**16  # whose scales are searched: with all clips side by side, about a core's cache
 
 
 class Rotated:
