@@ -8,6 +8,7 @@ Loss: mean over a sample's tokens, mean over the samples of a kind, mean over ki
 
 from __future__ import annotations
 
+import math
 import time
 import weakref
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
@@ -29,10 +30,11 @@ from qpkv_planner.prefill import Prepared, output_logits
 from qpkv_planner.side_by_side import side_by_side
 from qpkv_planner.workers import Workers, can_fork
 from qpkv_runtime.cache import PlannedCache, layer_devices, runs_on
-from qpkv_runtime.compression import Scoring, compress, keep
+from qpkv_runtime.compression import CodedValues, Scoring, compress, keep
 from qpkv_runtime.errors import NumericsError
 from qpkv_runtime.ledger import LayerLedger
-from qpkv_runtime.plan import Interval, Plan
+from qpkv_runtime.plan import Interval, Plan, TensorFormat
+from qpkv_runtime.quantizers import stands_alone
 
 Objective = Literal["kl", "ce"]
 NUM_RESAMPLES = 2000
@@ -144,6 +146,8 @@ class Evaluator:
     spent: float = 0.0
     deadline: float | None = None
     _blocks: dict[tuple[Any, ...], Tensor] = field(default_factory=dict)
+    _coded: dict[tuple[Any, ...], CodedValues] = field(default_factory=dict)
+    _num_coded: dict[tuple[Any, ...], int] = field(default_factory=dict)  # where all are not: how many have been
     _held_bytes: int = 0
     _workers: Workers | None = None
 
@@ -254,7 +258,7 @@ class Evaluator:
         """Makes this evaluator, a copy in a process of its own, one of so many workers."""
         self._part_rows = [self._share(part, worker, number) for part in self.parts]
         self.memo_bytes //= number
-        self._blocks, self._held_bytes, self._workers = {}, 0, None
+        self._blocks, self._coded, self._num_coded, self._held_bytes, self._workers = {}, {}, {}, 0, None
         return self
 
     def forward(self, cache: PlannedCache, rows: list[int], watch: Watch | None = None) -> Tensor:
@@ -345,12 +349,35 @@ class Evaluator:
         keys, values = (x[first : int(token_rows.max()) + 1].to(device) for x in (layer.keys, layer.values))
         token_rows = (token_rows - first).clamp(min=0)
         keys, values = (x.transpose(0, 1).expand(num_rows, -1, -1, -1) for x in (keys, values))
+        num_kept = sum(int(selection.counts.sum()) for selection in selections)
+        coded = self._coded_values(layout, part, values[0], num_kept)
         block = torch.zeros(num_rows, layout.stored_bytes, dtype=torch.uint8, device=device)
         compress(
             block, layout, plan.model.storage_dtype, keys, values, selections, padding,
-            scored.query_stats[rows].to(device), token_rows.to(device),
+            scored.query_stats[rows].to(device), token_rows.to(device), coded,
         )  # fmt: skip
         return block
+
+    def _coded_values(
+        self, layout: LayerLedger, part: int, values: Tensor, num_kept: int
+    ) -> dict[TensorFormat, CodedValues]:
+        """All of a part's values [H_kv, N, D], coded once for every allocation: what a value is written as does not
+        depend on what else is kept. That pays once as many have been coded as they are needed, and while they fit.
+
+        num_kept: vectors that are to be coded now.
+        """
+        found = {}
+        for format in {format.values for format in layout.tier_formats}:
+            key = (layout.layer, part, format)
+            if key not in self._coded and values.device.type == "cpu" and stands_alone(format):
+                self._num_coded[key] = self._num_coded.get(key, 0) + num_kept
+                fits = sum(held.nbytes for held in self._coded.values()) + values.numel() <= self.memo_bytes // 2
+                if fits and self._num_coded[key] > math.prod(values.shape[:2]):
+                    self._coded[key] = CodedValues.of(values, format)
+                    self._held_bytes += self._coded[key].nbytes
+            if key in self._coded:
+                found[format] = self._coded[key]
+        return found
 
     def sample_losses(self, hidden: Tensor, rows: list[int]) -> dict[str, Tensor]:
         """hidden: [1, inputs, hidden], after the final norm -> what `Losses.of` takes, [samples] each; `ce` and `kl`

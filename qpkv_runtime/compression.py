@@ -23,7 +23,14 @@ from qpkv_runtime.errors import NumericsError
 from qpkv_runtime.ledger import LayerLedger, place_bytes, quantum_tokens
 from qpkv_runtime.methods import SCORERS, ParameterValue
 from qpkv_runtime.plan import Format, Plan, Scorer, TensorFormat
-from qpkv_runtime.quantizers import CLIPS, KEY_QUANTIZERS, ROTATED, VALUE_QUANTIZERS, Encoded, KeyMoments
+from qpkv_runtime.quantizers import (
+    CLIPS,
+    KEY_QUANTIZERS,
+    ROTATED,
+    VALUE_QUANTIZERS,
+    Encoded,
+    KeyMoments,
+)
 from qpkv_runtime.scorers import Prefill
 from qpkv_runtime.segments import Segments
 
@@ -100,14 +107,56 @@ class Selection:
 
 
 @dataclass(frozen=True)
+class CodedValues:
+    """Values as a format that `stands_alone` writes them, of every token, before it is known which are kept.
+
+    codes: uint8 [H_kv, N + 1, D]; scales: 16-bit [H_kv, N + 1, numbers]; the last is what an empty slot gets.
+    """
+
+    codes: Tensor
+    scales: Tensor
+
+    @property
+    def nbytes(self) -> int:
+        return self.codes.nbytes + self.scales.nbytes
+
+    @classmethod
+    def of(cls, values: Tensor, format: TensorFormat) -> CodedValues:
+        """values: 16-bit [H_kv, N, D]."""
+        values = torch.nn.functional.pad(values, (0, 0, 0, 1))[None]
+        valid = torch.ones(values.shape[:3], dtype=torch.bool, device=values.device)
+        valid[:, :, -1] = False
+        encoded = VALUE_QUANTIZERS[format.quantizer].encode(values, valid, format, None)
+        return cls(encoded.codes[0], encoded.scales[0].unflatten(1, (values.shape[2], -1)))
+
+    def at(self, rows: Tensor, valid: Tensor) -> CodedValues:
+        """[B, H_kv, S + 1, ...]: of tokens int64 [B, H_kv, S]; empty slots where not `valid`, and one at the end."""
+        rows = torch.nn.functional.pad(rows.masked_fill(~valid, -1), (0, 1), value=-1)
+        heads = torch.arange(rows.shape[1], device=rows.device)[:, None]
+        return CodedValues(self.codes[heads, rows], self.scales[heads, rows])
+
+    def of_segments(self, segments: Segments, num_tokens: int) -> CodedValues:
+        """As `TierTensors.of`."""
+
+        def taken(x: Tensor) -> Tensor:
+            x = segments.pick(x)
+            missing = num_tokens - x.shape[2]
+            return torch.cat([x, x[:, :, -1:].expand(-1, -1, missing, -1)], 2) if missing > 0 else x[:, :, :num_tokens]
+
+        return CodedValues(taken(self.codes), taken(self.scales))
+
+
+@dataclass(frozen=True)
 class TierTensors:
     """What one tier holds: keys and values in the 16-bit type [B, H_kv, S, D], zero where not valid; positions int32
-    [B, H_kv, S], counted from each row's first token; valid bool [B, H_kv, S]."""
+    [B, H_kv, S], counted from each row's first token; valid bool [B, H_kv, S]. coded: the values, where they are coded
+    already; `values` then is not looked at."""
 
     keys: Tensor
     values: Tensor
     positions: Tensor
     valid: Tensor
+    coded: CodedValues | None = None
 
     def of(self, segments: Segments) -> TierTensors:
         """What belongs to these segments, filled up or cut to the tokens that the widest has room for."""
@@ -118,7 +167,8 @@ class TierTensors:
             missing = num_tokens - x.shape[2]
             return torch.nn.functional.pad(x, (0, 0) * (x.ndim - 3) + (0, missing)) if missing else x
 
-        return TierTensors(taken(self.keys), taken(self.values), taken(self.positions), taken(self.valid))
+        coded = None if self.coded is None else self.coded.of_segments(segments, num_tokens)
+        return TierTensors(taken(self.keys), taken(self.values), taken(self.positions), taken(self.valid), coded)
 
 
 def observe(scoring: Scoring, prefill: Prefill) -> Observation:
@@ -208,18 +258,20 @@ def adaptive_tokens(ranking: Ranking, tiers: Sequence[tuple[int, int]], alpha: f
 
 
 def gather(
-    selection: Selection, keys: Tensor, values: Tensor, num_padding: Sequence[int], token_rows: Tensor | None = None
-) -> TierTensors:
+    selection: Selection, keys: Tensor, values: Tensor, num_padding: Sequence[int], token_rows: Tensor | None = None,
+    coded: CodedValues | None = None,
+) -> TierTensors:  # fmt: skip
     """A tier's tokens in the type of `keys` and `values`; arguments as of `compress`."""
-    valid = selection.valid
+    valid, rows = selection.valid, _source_rows(selection, token_rows)
     num_rows, num_heads = valid.shape[:2]
     row = torch.arange(num_rows, device=keys.device)[:, None, None]
-    at = (row, torch.arange(num_heads, device=keys.device)[:, None], _source_rows(selection, token_rows))
+    at = (row, torch.arange(num_heads, device=keys.device)[:, None], rows)
     return TierTensors(
         keys[at].masked_fill_(~valid[..., None], 0),
-        values[at].masked_fill_(~valid[..., None], 0),
+        values[at].masked_fill_(~valid[..., None], 0) if coded is None else values.new_empty(*valid.shape, 0),
         _positions(selection, num_padding),
         valid,
+        None if coded is None else coded.at(rows, valid),
     )
 
 
@@ -273,11 +325,13 @@ def compress(
     num_padding: Sequence[int],
     query_stats: Tensor,
     token_rows: Tensor | None = None,
+    coded: Mapping[TensorFormat, CodedValues] | None = None,
 ) -> None:
     """Write the selected tokens into `block` (uint8 [B, layout.stored_bytes]), quantized and packed, table included.
 
     keys, values: [B, H_kv, N, D] in any float type; num_padding: left padding of each row; token_rows: int64 [B, T],
-    where along N the tokens of a row lie, None for in their order. Both backends write the same bytes.
+    where along N the tokens of a row lie, None for in their order; coded: values of all N in these formats, where they
+    are at hand (and `values` the same for every row). Both backends write the same bytes.
 
     Raises NumericsError naming layer and tensor when a kept token, or a scale of some, cannot be stored; BackendError
     where the kernels do not cover a format.
@@ -287,7 +341,11 @@ def compress(
             block, layout, storage_dtype, keys, values, selections, num_padding, query_stats, token_rows
         )
         return
-    tiers = [gather(selection, keys, values, num_padding, token_rows) for selection in selections]
+    at_hand = [(coded or {}).get(layout.format_of(tier).values) for tier in range(len(selections))]
+    tiers = [
+        gather(selection, keys, values, num_padding, token_rows, own)
+        for selection, own in zip(selections, at_hand, strict=True)
+    ]
     tiers = [
         replace(
             held,
@@ -364,7 +422,11 @@ def write_block(block: Tensor, layout: LayerLedger, tiers: Sequence[TierTensors]
             if layout.is_sliding:
                 segments.write("positions", held.positions)
             for side, x in (("key", held.keys), ("value", held.values)):
-                encoded = encode(layout.layer, format, side, x, held.valid, own)
+                if side == "value" and held.coded is not None:
+                    encoded = Encoded(held.coded.codes, held.coded.scales.flatten(2))
+                    _check_scales(layout.layer, side, encoded)
+                else:
+                    encoded = encode(layout.layer, format, side, x, held.valid, own)
                 bits = side_format(format, side).bits
                 codes = encoded.codes.flatten(2) if bits == 16 else packing.pack(encoded.codes, bits)
                 segments.write(f"{side}_codes", codes)
@@ -405,9 +467,13 @@ def encode(layer: int, format: Format, side: str, x: Tensor, valid: Tensor, vect
     written = side_format(format, side)
     quantizer = (KEY_QUANTIZERS if side == "key" else VALUE_QUANTIZERS)[written.quantizer]
     encoded = quantizer.encode(x, valid, written, vectors.get(written.quantizer) if side == "key" else None)
-    if not bool(encoded.scales.isfinite().all()):
-        raise _scale_overflows(layer, side, x.dtype)
+    _check_scales(layer, side, encoded)
     return encoded
+
+
+def _check_scales(layer: int, side: str, encoded: Encoded) -> None:
+    if not bool(encoded.scales.isfinite().all()):
+        raise _scale_overflows(layer, side, encoded.scales.dtype)
 
 
 def decode(format: Format, side: str, encoded: Encoded, vectors: HeadVectors, is_rotated: bool = False) -> Tensor:

@@ -447,6 +447,14 @@ VALUE_QUANTIZERS: dict[str, Quantizer] = {
 }
 
 
+def stands_alone(format: TensorFormat) -> bool:
+    """Whether what is written of a token's values depends on nothing but them, to the last bit: not on the other
+    tokens, nor on how many there are."""
+    is_per_token = format.quantizer == "rotated" or QUANTIZERS[format.quantizer].value_axis == "token"
+    is_coded = format.bits != 16 and not isinstance(VALUE_QUANTIZERS[format.quantizer], Hqq)
+    return is_coded and is_per_token and not format.outliers
+
+
 def sees_room(format: Format) -> bool:
     """Whether codes depend on the empty slots behind a head's tokens, by the number of outliers, by groups that span
     heads, or by the order of a sum's roundings: such a format is written and read segment by segment."""

@@ -29,6 +29,7 @@ from qpkv_planner.texts import SPLITS, references, speeches
 from qpkv_runtime.cache import PlannedCache, layer_parts
 from qpkv_runtime.compression import Scoring
 from qpkv_runtime.errors import InputError, NumericsError
+from qpkv_runtime.ledger import make_ledger
 from qpkv_runtime.models import load_model, load_tokenizer, model_shape
 from qpkv_runtime.plan import UNIFORM, Decode, Heads, Scorer, load_plan, parse_plan
 
@@ -244,6 +245,42 @@ def test_what_a_layer_keeps_already_is_predicted_to_change_nothing_and_nothing_i
     monkeypatch.setattr(Evaluator, "forward", None)
     assert predicted_changes(evaluator, space, allocation, alternatives, "kl") == first
     assert evaluator.spent == 2 * spent, "a resumed search counts what it asks for"
+
+
+@pytest.mark.parametrize("share", ["uniform", "weighted", "adaptive"])
+@pytest.mark.parametrize("tokens", [40, 350])
+@pytest.mark.parametrize(
+    "format", ["rotated-k4v2", "rotated-k3v3", "kivi-k4v4", "flexgen-k3v2", "mikv-k4v8", "hqq-k4v4"]
+)
+def test_values_coded_before_it_is_known_which_are_kept_give_the_same_blocks(
+    tiny, space, prepared, format, tokens, share
+):
+    weights = (4.0, 1.0, 2.0, 1.0) if share == "weighted" else None
+    space = replace(space, requested="1/2", heads=Heads(share=share, weights=weights))
+    plan = space.probe(tuple(Choice(space.legal_tokens(i, tokens, format), format) for i in range(8)))
+    scoring, layers = Scoring.of(space.scorer, space.sinks, space.window), make_ledger(plan).layers
+    one_by_one, at_once = Evaluator(tiny[0], prepared, memo_bytes=0), Evaluator(tiny[0], prepared)
+    at_once._num_coded = {(own.layer, 1, f.values): 2**40 for own in layers for f in own.tier_formats}
+    for layout in layers:
+        blocks = [evaluator._compress(plan, scoring, layout, 1) for evaluator in (one_by_one, at_once)]
+        assert torch.equal(*blocks)
+    assert not one_by_one._coded and len(at_once._coded) == (0 if format == "hqq-k4v4" else len(layers))
+
+
+def test_values_are_coded_at_once_when_that_pays_and_while_they_fit(tiny, space, prepared):
+    space = replace(space, requested="1/20")
+    plan = space.probe(uniform(space, "rotated-k3v3"))
+    scoring, layout = Scoring.of(space.scorer, space.sinks, space.window), make_ledger(plan).layers[0]
+    evaluator, without_room = Evaluator(tiny[0], prepared), Evaluator(tiny[0], prepared, memo_bytes=0)
+    times = 0
+    while not evaluator._coded:
+        for one in (evaluator, without_room):
+            one._compress(plan, scoring, layout, 0)
+        times += 1
+    (num_coded,), (coded,) = evaluator._num_coded.values(), evaluator._coded.values()
+    num_values = coded.codes.shape[0] * (coded.codes.shape[1] - 1)
+    assert times > 1 and num_coded > num_values >= num_coded - num_coded / times
+    assert not without_room._coded
 
 
 def test_what_is_measured_is_what_the_runtime_does(tiny, space, search_split, prepared):
