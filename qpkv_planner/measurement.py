@@ -38,7 +38,7 @@ from qpkv_runtime.quantizers import stands_alone
 
 Objective = Literal["kl", "ce"]
 NUM_RESAMPLES = 2000
-LEAST_SHARE = 2  # samples of each part that a worker is worth its while for
+LEAST_SHARE = 4  # samples of each part that are worth a worker
 
 Work = Callable[..., Mapping[str, NDArray[Any]]]
 """(evaluator, space, allocation, parts, and what else is given) -> arrays whose first dimension is the samples."""

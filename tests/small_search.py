@@ -13,7 +13,7 @@ from pathlib import Path
 
 import torch
 
-from qpkv_planner import cli, options
+from qpkv_planner import cli, measurement, options
 from qpkv_planner.calibration import Data, parse_mix
 from qpkv_planner.options import Effort
 
@@ -39,13 +39,16 @@ _PROCESSES.set_forkserver_preload(["qpkv_planner.cli"])
 
 
 class Command:
-    """`qpkv-plan` with `arguments`, its quick search the given effort, running from now on."""
+    """`qpkv-plan` with `arguments`, its quick search the given effort, running from now on; with several threads, and
+    so as many workers, however few the samples are."""
 
-    def __init__(self, folder: Path, arguments: Sequence[str | Path], effort: Effort = SMALL) -> None:
+    def __init__(
+        self, folder: Path, arguments: Sequence[str | Path], effort: Effort = SMALL, num_threads: int = 1
+    ) -> None:
         folder.mkdir(exist_ok=True)
         self._outputs = folder / "stdout", folder / "stderr"
-        settings = (*self._outputs, effort, [str(argument) for argument in arguments])
-        self.process: BaseProcess = _PROCESSES.Process(target=_run, args=settings, daemon=True)
+        settings = (*self._outputs, effort, num_threads, [str(argument) for argument in arguments])
+        self.process: BaseProcess = _PROCESSES.Process(target=_run, args=settings, daemon=num_threads == 1)
         self.process.start()
 
     @property
@@ -63,8 +66,9 @@ class Command:
         return self.process.exitcode, out, err
 
 
-def _run(out: Path, err: Path, effort: Effort, arguments: list[str]) -> None:
-    torch.set_num_threads(1)
+def _run(out: Path, err: Path, effort: Effort, num_threads: int, arguments: list[str]) -> None:
+    torch.set_num_threads(num_threads)
+    measurement.LEAST_SHARE = 1
     signal.signal(signal.SIGINT, signal.default_int_handler)  # a test run in the background inherits that it is ignored
     options.QUICK = effort
     with out.open("w") as sys.stdout, err.open("w") as sys.stderr:

@@ -50,13 +50,15 @@ def stage_reached(study: Path) -> str:
     return str(lines[-1]["stage"]) if lines else "prefill" if study.exists() else ""
 
 
-def test_a_search_killed_in_every_stage_ends_with_the_plan_of_one_that_was_not(tmp_path):
-    status, expected, errors = Command(tmp_path / "a", [*ARGUMENTS, "--study", tmp_path / "whole"]).wait()
+@pytest.mark.parametrize("num_threads", [1, 2])
+def test_a_search_killed_in_every_stage_ends_with_the_plan_of_one_that_was_not(tmp_path, num_threads):
+    command = Command(tmp_path / "a", [*ARGUMENTS, "--study", tmp_path / "whole"], num_threads=num_threads)
+    status, expected, errors = command.wait()
     assert status == 0, errors
     study, killed_in = tmp_path / "killed", []
     for stage in STAGES:
         resume = ["--resume"] if (study / "journal.jsonl").exists() else []
-        command = Command(tmp_path / stage, [*ARGUMENTS, "--study", study, *resume])
+        command = Command(tmp_path / stage, [*ARGUMENTS, "--study", study, *resume], num_threads=num_threads)
         while command.is_running and STAGES.index(stage_reached(study) or "prefill") < STAGES.index(stage):
             time.sleep(0.01)
         if command.is_running:
@@ -65,7 +67,8 @@ def test_a_search_killed_in_every_stage_ends_with_the_plan_of_one_that_was_not(t
         command.wait()
     with (study / "journal.jsonl").open("a") as file:
         file.write('{"stage": "torn')
-    status, found, errors = Command(tmp_path / "b", [*ARGUMENTS, "--study", study, "--resume"]).wait()
+    command = Command(tmp_path / "b", [*ARGUMENTS, "--study", study, "--resume"], num_threads=num_threads)
+    status, found, errors = command.wait()
     assert status == 0, errors
     assert found == expected
     assert len(set(killed_in)) >= 4, killed_in  # a stage may be over before it is seen
@@ -74,9 +77,10 @@ def test_a_search_killed_in_every_stage_ends_with_the_plan_of_one_that_was_not(t
     assert len(evaluations) == len(journal_lines(tmp_path / "whole"))
 
 
-def test_an_interrupt_writes_the_best_plan_so_far_and_says_so(tmp_path):
+@pytest.mark.parametrize("num_threads", [1, 2])
+def test_an_interrupt_writes_the_best_plan_so_far_and_says_so(tmp_path, num_threads):
     study = tmp_path / "study"
-    command = Command(tmp_path / "out", [*ARGUMENTS, "--study", study])
+    command = Command(tmp_path / "out", [*ARGUMENTS, "--study", study], num_threads=num_threads)
     while command.is_running and stage_reached(study) not in STAGES[3:]:
         time.sleep(0.01)
     command.send(signal.SIGINT)

@@ -14,6 +14,7 @@ import numpy as np
 import pytest
 import torch
 
+from qpkv_planner import measurement
 from qpkv_planner.allocation import Space, uniform
 from qpkv_planner.calibration import make_split
 from qpkv_planner.knapsack import alternatives, tokens_and_bits
@@ -43,7 +44,8 @@ def searched():
 
 
 @pytest.fixture
-def two_threads():
+def two_threads(monkeypatch):
+    monkeypatch.setattr(measurement, "LEAST_SHARE", 1)
     before = torch.get_num_threads()
     torch.set_num_threads(2)
     yield
