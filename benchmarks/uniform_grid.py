@@ -23,7 +23,7 @@ from numpy.typing import NDArray
 
 from benchmarks.where import RESULTS, where, write_rows
 from qpkv_planner.allocation import Space, allocation_of
-from qpkv_planner.calibration import make_split
+from qpkv_planner.calibration import BUILT_IN, Data, make_split, parse_mix
 from qpkv_planner.calibration_cache import load_or_prepare
 from qpkv_planner.grid import FORMATS, QUICK_FORMATS, make_grid, scorer_name, scorer_named, setting_named
 from qpkv_planner.measurement import Evaluator, Losses, interval
@@ -47,6 +47,9 @@ def main() -> int:
         "--budgets", nargs="*", default=["1/16", "1/64"], help="of the uniform grid; none with no value"
     )
     parser.add_argument("--contexts", type=int, default=24)
+    parser.add_argument(
+        "--calibration-mix", type=parse_mix, default=BUILT_IN.mix, metavar="MIX", help="of the samples, as qpkv-plan's"
+    )
     parser.add_argument("--plans", nargs="*", type=Path, default=[], help="plans for the same model to add as rows")
     parser.add_argument(
         "--scorers",
@@ -62,7 +65,8 @@ def main() -> int:
         arguments.model, arguments.budgets, arguments.contexts = "tiny", ["1/32"], 6
     started = time.monotonic()
     model, tokenizer = load_model(arguments.model)
-    split = make_split(tokenizer, arguments.split, arguments.contexts, arguments.context_length, seed=0)
+    data = Data(mix=arguments.calibration_mix)
+    split = make_split(tokenizer, arguments.split, arguments.contexts, arguments.context_length, seed=0, data=data)
     section = describe(model, tokenizer, arguments.model, split.contexts[0])
     scorers = [scorer_named(name) for name in arguments.scorers[: 1 if arguments.quick else None]]
     formats = QUICK_FORMATS if arguments.quick else FORMATS
@@ -113,6 +117,7 @@ def main() -> int:
         "split": arguments.split,
         "context_tokens": str(arguments.context_length),
         "samples": str(len(prepared)),
+        **{f"samples_{kind}": str(prepared.kinds.count(kind)) for kind in KINDS},
         **where(),
         "seconds": f"{time.monotonic() - started:.0f}",
     }
@@ -171,7 +176,8 @@ def _closed(pairs: list[tuple[Losses, Losses]], full: Losses) -> str:
     chance, known = np.random.default_rng(0), np.unique(contexts)
     drawn = [np.bincount(chance.integers(0, len(known), len(known)), minlength=len(known)) for _ in range(1000)]
     place = np.searchsorted(known, contexts)
-    shares = [share(counts[place].astype(np.float64)) for counts in drawn]
+    with np.errstate(invalid="ignore"):  # a draw without a sample of some kind is left out
+        shares = [share(counts[place].astype(np.float64)) for counts in drawn]
     low, high = np.nanpercentile(shares, [2.5, 97.5])
     return f"{share(np.ones(len(contexts))):.3f} ({low:.3f} to {high:.3f})"
 
