@@ -152,8 +152,7 @@ class Evaluator:
     _workers: Workers | None = None
 
     def __post_init__(self) -> None:
-        starts = self.prepared.part_starts
-        self._part_rows = [range(start, end) for start, end in pairwise(starts)]
+        self._part_rows = [range(start, end) for start, end in pairwise(self.prepared.part_starts)]
         self._decoder = cast(Any, self.model.get_decoder())
         self._devices = layer_devices(self.model)
         self._full_probabilities = self.prepared.full_logprobs.exp()
@@ -230,12 +229,13 @@ class Evaluator:
     ) -> dict[str, NDArray[Any]]:
         """work(self, space, allocation, parts, *more), done by the workers on a share of every part each where there
         are some. work: a function of a module, and nothing that it is given is a tensor."""
-        number = self._num_workers
-        if number == 1:
-            return dict(work(self, space, allocation, parts, *more))
         if self._workers is None:
+            number = self._num_workers
+            if number == 1:
+                return dict(work(self, space, allocation, parts, *more))
             self._workers = Workers(number, partial(self._become, number))
             weakref.finalize(self, self._workers.close)
+        number = len(self._workers)
         answers = self._workers.run(work, space, allocation, parts, *more)
         rows = [row for worker in range(number) for part in parts for row in self._share(part, worker, number)]
         places = {row: place for place, row in enumerate(rows)}

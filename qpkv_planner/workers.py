@@ -45,6 +45,9 @@ class Workers:
             self._links.append(link)
             self._processes.append(process)
 
+    def __len__(self) -> int:
+        return len(self._processes)
+
     def run(self, work: Callable[..., Result], *given: Any) -> list[Result]:
         """work(its own, *given) of every worker, in their order. Raises what the first that failed raised; MemoryError
         where one is gone, as the kernel ends processes when memory runs out."""

@@ -127,6 +127,12 @@ def test_a_frontier_is_one_file_for_each_budget_largest_first(tmp_path, capsys):
     for point in points:
         plan = load_plan(tmp_path / "plans" / point["file"])
         assert plan.budget.planned_bytes == point["planned_bytes"]
+        search = plan.calibration.search
+        before = search["knapsack"][0]["before"]
+        even = [row["kl"] for row in search["grid"] if " uniform rotated-k4v4 window 4" in row["setting"]]
+        assert min(abs(before - kl) for kl in even) < 1e-5 or (
+            plan.budget.requested == "1/16" and before < min(even)
+        ), "the knapsack starts at a uniform setting, or at what elimination leaves of a larger budget's plan"
     errors = capsys.readouterr().err
     assert all(len(re.findall(rf"{split}: \d+ samples", errors)) == 1 for split in ("search", "validation"))
     assert len(list((tmp_path / "cache").glob("*.safetensors"))) == 2
