@@ -47,9 +47,7 @@ def main() -> int:
         "--budgets", nargs="*", default=["1/16", "1/64"], help="of the uniform grid; none with no value"
     )
     parser.add_argument("--contexts", type=int, default=24)
-    parser.add_argument(
-        "--calibration-mix", type=parse_mix, default=BUILT_IN.mix, metavar="MIX", help="of the samples, as qpkv-plan's"
-    )
+    parser.add_argument("--calibration-mix", metavar="MIX", help="as qpkv-plan's (default: that of the first plan)")
     parser.add_argument("--plans", nargs="*", type=Path, default=[], help="plans for the same model to add as rows")
     parser.add_argument(
         "--scorers",
@@ -65,12 +63,15 @@ def main() -> int:
         arguments.model, arguments.budgets, arguments.contexts = "tiny", ["1/32"], 6
     started = time.monotonic()
     model, tokenizer = load_model(arguments.model)
-    data = Data(mix=arguments.calibration_mix)
+    plans = [load_plan(path) for path in arguments.plans]
+    if arguments.calibration_mix:
+        data = Data(mix=parse_mix(arguments.calibration_mix))
+    else:
+        data = next((Data.of_record(plan.calibration.data) for plan in plans if plan.calibration), BUILT_IN)
     split = make_split(tokenizer, arguments.split, arguments.contexts, arguments.context_length, seed=0, data=data)
     section = describe(model, tokenizer, arguments.model, split.contexts[0])
     scorers = [scorer_named(name) for name in arguments.scorers[: 1 if arguments.quick else None]]
     formats = QUICK_FORMATS if arguments.quick else FORMATS
-    plans = [load_plan(path) for path in arguments.plans]
     settings = []
     for budget in arguments.budgets:
         space = Space(
