@@ -14,7 +14,8 @@ from qpkv_runtime.cache import PlannedCache
 from qpkv_runtime.models import load_model, model_identity
 from qpkv_runtime.plan import Plan, load_plan
 
-PLANS = sorted((Path(__file__).parents[1] / "plans").glob("*.yaml"))
+FOLDER = Path(__file__).parents[1] / "plans"
+PLANS = sorted([*FOLDER.glob("*.yaml"), *FOLDER.glob("2048/*.yaml")])
 TEXT = (Path(__file__).parents[1] / "qpkv_runtime" / "sample_prompt.txt").read_text(encoding="utf-8")
 
 
@@ -48,7 +49,7 @@ def test_random_plans_stay_inside_their_bytes_past_the_reserve(loaded, seed):
     assert bool(logits.isfinite().all())
 
 
-@pytest.mark.parametrize("path", PLANS, ids=lambda path: path.stem)
+@pytest.mark.parametrize("path", PLANS, ids=lambda path: str(path.relative_to(FOLDER)))
 def test_a_shipped_plan_round_trips_and_weighs_exactly_what_it_claims(path):
     plan = load_plan(path)
     assert plan.to_yaml() == path.read_text(encoding="utf-8")
