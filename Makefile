@@ -53,7 +53,6 @@ plans: install  ## the checked-in plans of smollm2 and tiny, searched anew (over
 	$(SEARCH) --model smollm2 --context-length 1024 --budget 1/4 --quick --output plans/smollm2__1-4.yaml
 	$(SEARCH) $(AT_2048) --budget 1/64,1/128 --study runs/plans/study-2048 --resume --out-dir plans/2048
 	$(SEARCH) $(AT_2048) --budget 1/32 --output plans/2048/smollm2__1-32.yaml
-	$(SEARCH) $(AT_2048) --budget 1/8,1/16 --quick --out-dir plans/2048
 	$(SEARCH) --model tiny --context-length 512 --budget 1/4,1/8,1/16,1/32,1/64,1/128 --quick --out-dir plans
 	rm -f plans/frontier.json plans/2048/frontier.json
 
