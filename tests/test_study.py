@@ -50,7 +50,7 @@ def stage_reached(study: Path) -> str:
     return str(lines[-1]["stage"]) if lines else "prefill" if study.exists() else ""
 
 
-@pytest.mark.parametrize("num_threads", [1, 2])
+@pytest.mark.parametrize("num_threads", [1, pytest.param(2, marks=pytest.mark.slow)])
 def test_a_search_killed_in_every_stage_ends_with_the_plan_of_one_that_was_not(tmp_path, num_threads):
     command = Command(tmp_path / "a", [*ARGUMENTS, "--study", tmp_path / "whole"], num_threads=num_threads)
     status, expected, errors = command.wait()
