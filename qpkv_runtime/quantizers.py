@@ -142,12 +142,13 @@ Fit = Callable[[Tensor, Tensor, int, torch.dtype], Tensor]
 def min_max(groups: Tensor, member: Tensor, bits: int, number: torch.dtype) -> Tensor:
     """groups: float32 [..., G], member: bool, the same shape -> (scale, zero) [..., 2] of the 16-bit type `number`.
 
-    A constant group has scale 0 and is exact; a group without members is all zero.
+    A constant group has scale 0 and is exact; a group without members is all zero. A zero has no sign: which one is
+    the least of both depends on the processor.
     """
     low = groups.masked_fill(~member, float("inf")).amin(-1)
     high = groups.masked_fill(~member, float("-inf")).amax(-1)
     is_empty = low > high
-    zero = low.masked_fill(is_empty, 0).to(number)
+    zero = low.masked_fill(is_empty | (low == 0), 0).to(number)
     # times the reciprocal, which is how CUDA divides by a constant: the same bits on every device
     scale = ((high - low).masked_fill(is_empty, 0) * (1 / (2**bits - 1))).to(number)
     return torch.stack([scale, zero], -1)

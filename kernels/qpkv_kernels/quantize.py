@@ -138,9 +138,12 @@ def _store_codes(
 
 @triton.jit
 def min_max(low, high, BITS: tl.constexpr, NUMBER: tl.constexpr):
-    """(scale, zero) as bits of the 16-bit type, of groups whose values lie from `low` to `high`; zero without any."""
+    """(scale, zero) as bits of the 16-bit type, of groups whose values lie from `low` to `high`; zero without any.
+
+    Which zero is the least of both is up to who compares: the positive one is stored.
+    """
     is_empty = low > high
-    zero = number_bits(tl.where(is_empty, 0.0, low), NUMBER)
+    zero = number_bits(tl.where(is_empty | (low == 0), 0.0, low), NUMBER)
     return number_bits(tl.where(is_empty, 0.0, high - low) * (1 / ((1 << BITS) - 1)), NUMBER), zero
 
 
