@@ -45,7 +45,7 @@ SEARCH = $(BIN)/python -m qpkv_planner --calibration-cache runs/plans
 AT_2048 = --model smollm2 --context-length 2048 \
     --calibration-mix number=1,word=2,place=1,line=1,chain=2,prose=5,reference=2,code=1
 
-plans: install  ## the checked-in plans of smollm2 and tiny, searched anew (over an hour; a study resumes what is killed)
+plans: install  ## the checked-in plans of smollm2 and tiny, searched anew (two to three hours; a study resumes what is killed)
 	mkdir -p runs/plans
 	$(SEARCH) --model smollm2 --context-length 1024 --budget 1/32,1/64,1/128 --study runs/plans/study --resume --out-dir plans
 	$(SEARCH) --model smollm2 --context-length 1024 --budget 1/16 --output plans/smollm2__1-16.yaml
