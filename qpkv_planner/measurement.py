@@ -30,7 +30,7 @@ from qpkv_planner.prefill import Prepared, output_logits
 from qpkv_planner.side_by_side import side_by_side
 from qpkv_planner.workers import Workers, can_fork
 from qpkv_runtime.cache import PlannedCache, layer_devices, runs_on
-from qpkv_runtime.compression import CodedValues, Scoring, compress, keep
+from qpkv_runtime.compression import CodedValues, Scoring, Selection, compress, keep
 from qpkv_runtime.errors import NumericsError
 from qpkv_runtime.ledger import LayerLedger
 from qpkv_runtime.plan import Interval, Plan, TensorFormat
@@ -171,8 +171,7 @@ class Evaluator:
         rows = self.rows(parts)
 
         def measure() -> dict[str, list[float]]:
-            losses = self.divided(_allocation_losses, space, allocation, parts)
-            return {name: of_samples.tolist() for name, of_samples in losses.items()}
+            return _values(self.divided(_allocation_losses, space, allocation, parts))
 
         return self._of_rows(self.recalled({}, space, allocation, parts, 1.0, measure), rows)
 
@@ -258,7 +257,7 @@ class Evaluator:
         """Makes this evaluator, a copy in a process of its own, one of so many workers."""
         self._part_rows = [self._share(part, worker, number) for part in self.parts]
         self.memo_bytes //= number
-        self._blocks, self._coded, self._num_coded, self._held_bytes, self._workers = {}, {}, {}, 0, None
+        self._blocks, self._coded, self._num_coded, self._held_bytes = {}, {}, {}, 0
         return self
 
     def forward(self, cache: PlannedCache, rows: list[int], watch: Watch | None = None) -> Tensor:
@@ -349,8 +348,7 @@ class Evaluator:
         keys, values = (x[first : int(token_rows.max()) + 1].to(device) for x in (layer.keys, layer.values))
         token_rows = (token_rows - first).clamp(min=0)
         keys, values = (x.transpose(0, 1).expand(num_rows, -1, -1, -1) for x in (keys, values))
-        num_kept = sum(int(selection.counts.sum()) for selection in selections)
-        coded = self._coded_values(layout, part, values[0], num_kept)
+        coded = self._coded_values(layout, part, values[0], selections)
         block = torch.zeros(num_rows, layout.stored_bytes, dtype=torch.uint8, device=device)
         compress(
             block, layout, plan.model.storage_dtype, keys, values, selections, padding,
@@ -359,25 +357,31 @@ class Evaluator:
         return block
 
     def _coded_values(
-        self, layout: LayerLedger, part: int, values: Tensor, num_kept: int
+        self, layout: LayerLedger, part: int, values: Tensor, selections: Sequence[Selection]
     ) -> dict[TensorFormat, CodedValues]:
-        """All of a part's values [H_kv, N, D], coded once for every allocation: what a value is written as does not
-        depend on what else is kept. That pays once as many have been coded as they are needed, and while they fit.
+        """On a CPU all of a part's values [H_kv, N, D], coded once for every allocation: what a value is written as
+        does not depend on what else is kept. That is done once as many have been coded one by one, while there is room.
 
-        num_kept: vectors that are to be coded now.
+        selections: what is to be coded now.
         """
-        found = {}
+        found: dict[TensorFormat, CodedValues] = {}
+        if values.device.type != "cpu":
+            return found
         for format in {format.values for format in layout.tier_formats}:
             key = (layout.layer, part, format)
-            if key not in self._coded and values.device.type == "cpu" and stands_alone(format):
+            if key not in self._coded and stands_alone(format):
+                num_kept = sum(int(selection.counts.sum()) for selection in selections)
                 self._num_coded[key] = self._num_coded.get(key, 0) + num_kept
-                fits = sum(held.nbytes for held in self._coded.values()) + values.numel() <= self.memo_bytes // 2
-                if fits and self._num_coded[key] > math.prod(values.shape[:2]):
+                if self._num_coded[key] > math.prod(values.shape[:2]) and self._has_room(values):
                     self._coded[key] = CodedValues.of(values, format)
                     self._held_bytes += self._coded[key].nbytes
             if key in self._coded:
                 found[format] = self._coded[key]
         return found
+
+    def _has_room(self, values: Tensor) -> bool:
+        """Whether these values, a byte each when coded, fit the half of the memo that coded ones may take."""
+        return sum(held.nbytes for held in self._coded.values()) + values.numel() <= self.memo_bytes // 2
 
     def sample_losses(self, hidden: Tensor, rows: list[int]) -> dict[str, Tensor]:
         """hidden: [1, inputs, hidden], after the final norm -> what `Losses.of` takes, [samples] each; `ce` and `kl`
@@ -428,7 +432,7 @@ def _allocation_losses(
     return {name: of_samples.numpy(force=True) for name, of_samples in losses.items()}
 
 
-def _values(losses: Mapping[str, Tensor]) -> dict[str, list[float]]:
+def _values(losses: Mapping[str, Tensor | NDArray[Any]]) -> dict[str, list[float]]:
     return {name: of_samples.tolist() for name, of_samples in losses.items()}
 
 

@@ -101,20 +101,21 @@ class Search:
 
         self._stage("elimination")
         begin_space, begin = space, roomy(space, start.format, self.effort.times_budget)
-        goes_on = False
         if (last := self.session.last) is not None and last.format == start.format:
             last_space = replace(space, heads=last.heads)
             if last_space.bytes(last.allocation) > space.limit_bytes:
-                begin_space, begin, goes_on = last_space, last.allocation, True
+                begin_space, begin = last_space, last.allocation
         eliminated, passes = eliminate(evaluator, begin_space, begin, self.objective, floor, self.progress.step)
         self.record["elimination"] = [asdict(one) for one in passes]
         self.candidates.append(Candidate("elimination", begin_space, eliminated))
         eliminated_loss = self._say("elimination", evaluator.evaluate(begin_space, eliminated)).mean(self.objective)
 
         self._stage("knapsack")
-        # from what elimination leaves of a roomy start the knapsack fits the search split more and others less
+        # from what elimination leaves of a roomy start, not of a larger budget's plan, it fits other splits less
         first_space, first = space, start.allocation
-        if goes_on and eliminated_loss < evaluator.evaluate(space, start.allocation).mean(self.objective):
+        if begin_space is not space and eliminated_loss < evaluator.evaluate(space, start.allocation).mean(
+            self.objective
+        ):
             first_space, first = begin_space, eliminated
         found_space, improved, rounds, around = improve(
             evaluator, first_space, first, quantizer, self.effort.rounds, self.objective, floor, self.progress.step,

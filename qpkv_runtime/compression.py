@@ -23,14 +23,7 @@ from qpkv_runtime.errors import NumericsError
 from qpkv_runtime.ledger import LayerLedger, place_bytes, quantum_tokens
 from qpkv_runtime.methods import SCORERS, ParameterValue
 from qpkv_runtime.plan import Format, Plan, Scorer, TensorFormat
-from qpkv_runtime.quantizers import (
-    CLIPS,
-    KEY_QUANTIZERS,
-    ROTATED,
-    VALUE_QUANTIZERS,
-    Encoded,
-    KeyMoments,
-)
+from qpkv_runtime.quantizers import CLIPS, KEY_QUANTIZERS, ROTATED, VALUE_QUANTIZERS, Encoded, KeyMoments
 from qpkv_runtime.scorers import Prefill
 from qpkv_runtime.segments import Segments
 
