@@ -21,7 +21,6 @@ from benchmarks.where import RESULTS, where, write_rows
 from qpkv_planner.calibration import make_split
 from qpkv_planner.calibration_cache import load_or_prepare
 from qpkv_planner.estimate import estimated_steps
-from qpkv_planner.grid import setting_named
 from qpkv_planner.measurement import Evaluator, Losses, interval
 from qpkv_planner.options import Options, check_lengths
 from qpkv_planner.progress import Progress
@@ -68,7 +67,8 @@ def main() -> int:
                 )
                 test = Evaluator(model, prepared)
             assert plan.calibration is not None
-            uniform = setting_named(space, plan.calibration.best_uniform)
+            assert search.best_uniform is not None
+            uniform = search.best_uniform
             losses = {one.stage: test.evaluate(one.space, one.allocation) for one in search.candidates}
             losses["full cache"] = test.full()
             losses["best uniform"] = test.evaluate(uniform.space, uniform.allocation)

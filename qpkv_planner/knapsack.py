@@ -171,13 +171,12 @@ Wishes = Callable[[Choice, str, float], list[tuple[float, str]]]
 
 
 def tokens_and_bits(mine: Choice, quantizer: str, radius: float) -> list[tuple[float, str]]:
-    """Other counts in the same format; and a step of bits on one side, for about the same bytes, more and fewer."""
+    """Other counts in the same format; and a step of bits on one side, for about the same bytes."""
     format = format_named(mine.format)
     keys, values = format.keys.bits, format.values.bits
     wishes = [(mine.tokens * radius**power, mine.format) for power in POWERS]
     for bits in [(next_bits(keys, s), values) for s in (-1, 1)] + [(keys, next_bits(values, s)) for s in (-1, 1)]:
-        as_many = mine.tokens * (keys + values) / sum(bits)
-        wishes += [(as_many * radius**power, format_name(quantizer, *bits)) for power in (-0.5, 0.5)]
+        wishes.append((mine.tokens * (keys + values) / sum(bits), format_name(quantizer, *bits)))
     return wishes
 
 

@@ -34,8 +34,8 @@ class Effort:
     additivity_plans: int
 
 
-QUICK = Effort(12, 9, 3, QUICK_FORMATS, SCORERS, 2.5, 2, 8, 0)
-THOROUGH = Effort(24, 24, 3, FORMATS, SCORERS, 2.5, 4, 8, 24)
+QUICK = Effort(12, 9, 3, QUICK_FORMATS, SCORERS, 1.5, 2, 8, 0)
+THOROUGH = Effort(24, 24, 3, FORMATS, SCORERS, 1.5, 4, 8, 24)
 
 
 @dataclass(frozen=True)

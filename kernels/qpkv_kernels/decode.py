@@ -524,7 +524,9 @@ def default_launch(layout: BlockLayout, arch: int) -> Launch:
     repeat each other's work on the few rows. arch: 90 for sm_90."""
     streams = [segment.quantum for segment in layout.segments]
     has_channel_scales = any(segment.keys.scales == "channel" for segment in layout.segments)
-    is_wide = max(streams) > 4 or 1 in streams or (has_channel_scales and arch >= 100)
+    sides = [side for segment in layout.segments for side in (segment.keys, segment.values)]
+    spills_in_two = arch < 90 and layout.head_size <= 64 and not has_channel_scales and any(s.bits == 3 for s in sides)
+    is_wide = (max(streams) > 4 and not spills_in_two) or 1 in streams or (has_channel_scales and arch >= 100)
     return Launch(num_warps=(2 if is_wide else 1) * (2 if layout.head_size > 128 else 1))
 
 
