@@ -245,8 +245,8 @@ class Search:
         return Candidate(candidate.stage, space, allocation)
 
     def _grid(self, evaluator: Evaluator) -> Setting:
-        """Measure the uniform settings. The one of lowest cross-entropy is what the plan must beat; the search starts
-        there too, or at the next one that is below 16 bit with the search's window and gives every layer as much."""
+        """Measure the uniform settings. The one of lowest cross-entropy is what the plan must beat; the search starts at
+        the one of the lowest objective that is below 16 bit, has the search's window and gives every layer as much."""
         self._stage("uniform grid")
         rows = []
         for setting in self.grid:
@@ -267,7 +267,7 @@ class Search:
         ]
         window = self.space.window
         whole = [row for row in rows if row[0].format != "16bit" and row[0].space.window == window and _is_even(row[0])]
-        return min(whole, key=lambda row: row[1].mean("ce"))[0]
+        return min(whole, key=lambda row: row[1].mean(self.objective))[0]
 
     def _slope(self, evaluator: Evaluator, space: Space, allocation: Allocation, losses: Losses) -> float:
         """lambda = -dD/dR: nats that a tenth more budget saves, per MiB, all layers growing alike.

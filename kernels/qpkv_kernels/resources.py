@@ -136,7 +136,7 @@ def compile_score(
     constants = score.constants(8, 4, 16, head_size, dtype, is_interpreted=False)
     constants |= {"WINDOW": False, "SOFTCAP": False}
     constants |= {"RUN": score.RUN} if kernel is score._statistics else {"RUNS": score.RUNS_PER_STEP}
-    options = {"num_warps": score.NUM_WARPS, "num_stages": score.NUM_STAGES}
+    options = {"num_warps": score.num_warps(dtype), "num_stages": score.NUM_STAGES}
     return _compile(kernel, {**POINTERS, "QUERY": NUMBERS[dtype], "KEY": NUMBERS[dtype]}, constants, arch, options)
 
 

@@ -26,7 +26,7 @@ from qpkv_kernels.decode import LOG2_E_, TRITON_DTYPES, is_interpreted
 
 RUN, MOST_ROWS = 1024, 64
 TILE_BYTES = 16384  # of keys
-NUM_WARPS, NUM_STAGES = 4, 2
+NUM_STAGES = 2
 RUNS_PER_STEP = 16
 
 
@@ -173,13 +173,12 @@ def received_attention(
     out = torch.zeros(num_rows, num_heads, num_tokens, dtype=torch.float32, device=device)
     numbers = (*query.stride()[:3], *key.stride()[:3], num_queries, num_tokens, num_runs)
     attention = (scaling, softcap or 0.0, sliding_window or 0)
+    options = {"num_warps": num_warps(key.dtype), "num_stages": NUM_STAGES}
     _statistics[(num_rows * num_heads, num_runs, triton.cdiv(rows, settings["ROWS"]))](
-        query, key, padding, state, *numbers, *attention, **settings, RUN=RUN, num_warps=NUM_WARPS,
-        num_stages=NUM_STAGES,
+        query, key, padding, state, *numbers, *attention, **settings, RUN=RUN, **options,
     )  # fmt: skip
     _received[(num_rows * num_heads, triton.cdiv(num_tokens, settings["TILE"]))](
-        query, key, padding, state, out, *numbers, *attention, **settings, RUNS=RUNS_PER_STEP,
-        num_warps=NUM_WARPS, num_stages=NUM_STAGES,
+        query, key, padding, state, out, *numbers, *attention, **settings, RUNS=RUNS_PER_STEP, **options,
     )  # fmt: skip
     return out
 
@@ -189,10 +188,16 @@ def constants(
 ) -> dict[str, Any]:
     """The compile-time arguments of both kernels that follow from shapes and types."""
     wide = dtype == torch.float32 or (is_interpreted and dtype == torch.bfloat16)
-    most_rows = MOST_ROWS if dtype.itemsize == 2 else MOST_ROWS // 2  # registers
+    channels = triton.next_power_of_2(head_size)
+    most_rows = MOST_ROWS if dtype.itemsize == 2 else MOST_ROWS // (2 if channels <= 64 else 4)  # registers
     rows = min(most_rows, max(16, triton.next_power_of_2(gqa * num_queries)))
     return {
-        "HEADS": num_heads, "GQA": gqa, "D": head_size, "D_PADDED": triton.next_power_of_2(head_size),
+        "HEADS": num_heads, "GQA": gqa, "D": head_size, "D_PADDED": channels,
         "OPERAND": tl.float32 if wide else TRITON_DTYPES[dtype], "ROWS": rows,
-        "TILE": min(64, TILE_BYTES // (triton.next_power_of_2(head_size) * dtype.itemsize)),
+        "TILE": min(64, TILE_BYTES // (channels * dtype.itemsize)),
     }  # fmt: skip
+
+
+def num_warps(dtype: torch.dtype) -> int:
+    """float32 has no tensor cores here and keeps its operands in registers; 256 channels of it spill even so."""
+    return 4 if dtype.itemsize == 2 else 8
