@@ -1,4 +1,4 @@
-"""Backward elimination: start with several times the budget and halve the layers that cost least per byte.
+"""Backward elimination: start with more than the budget and halve the layers that cost least per byte.
 
 Several layers at once, each cost predicted at the current allocation, until it fits. Layers that only work together
 survive this; a forward greedy misses them. Every pass looks at another part of the contexts: cheaper, and harder to
@@ -63,7 +63,7 @@ def eliminate(
 
 
 def roomy(space: Space, format: str, times_budget: float) -> Allocation:
-    """Where elimination starts without anything better: every layer alike at several times the budget."""
+    """Where elimination starts without anything better: every layer alike at this multiple of the budget."""
     larger = replace(space, requested=f"{int(space.limit_bytes * times_budget)}B")
     allocation = larger.project([1.0] * space.shape.num_layers, [format] * space.shape.num_layers)
     assert allocation is not None
