@@ -49,7 +49,7 @@ def eliminate(
         for layer, (mine, of_layer) in enumerate(zip(allocation, changes, strict=True)):
             for less, (change,) in of_layer.items():
                 saved = space.layer_bytes(layer, mine) - space.layer_bytes(layer, less)
-                costs.append((change / saved, layer, less))
+                costs.append((change.cautious() / saved, layer, less))
         costs.sort(key=lambda cost: cost[:2])
         share_before = space.bytes(allocation) / space.limit_bytes
         halved = []

@@ -344,7 +344,7 @@ def _ledger(figure: FigureBase, plan: Plan) -> None:
 
 def _sensitivity(figure: FigureBase, plan: Plan) -> None:
     assert plan.calibration is not None
-    rounds: list[dict[str, Any]] = plan.calibration.search["knapsack"]
+    rounds: list[dict[str, Any]] = [one for one in plan.calibration.search["knapsack"] if one["sensitivities"]]
     last = rounds[-1]["sensitivities"]
     changes = ["more", "fewer", *sorted({name for layer in last for name in layer} - {"more", "fewer"})]
     whole = np.array([[layer.get(name, np.nan) for layer in last] for name in changes])

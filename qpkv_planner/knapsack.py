@@ -4,8 +4,9 @@ At the current allocation each layer's loss is predicted (`linearization.py`) wi
 of a factor, the radius) and with a step of key bits and of value bits. The changes that sum to the lowest loss within
 the budget are a multiple-choice knapsack, solved exactly (`scipy.optimize.milp`): one format a layer, and so many
 tokens for the layer or, searched by head, for each of its KV heads. The sum is only a prediction: the step is taken if
-the true loss falls, else the radius becomes its square root. Every round predicts without another part of the samples,
-which is cheaper and harder to overfit; the true loss is that of all. Sensitivities at the full cache mislead, since
+the true loss falls, else a step of more certain changes is tried, and after that the radius becomes its square root.
+Every prediction leaves out another part of the samples, which is cheaper and harder to overfit; the true loss is that
+of all. Sensitivities at the full cache mislead, since
 other layers make up for the one that is cut; these are taken where they are used.
 """
 
@@ -24,21 +25,24 @@ from scipy.stats import spearmanr
 
 from qpkv_planner.allocation import Allocation, Choice, Space, format_name, format_named
 from qpkv_planner.linearization import FORWARDS, predicted_changes
-from qpkv_planner.measurement import Evaluator, Objective
+from qpkv_planner.measurement import Change, Evaluator, Objective
 from qpkv_runtime.plan import UNIFORM
 
 BITS = (2, 3, 4, 8)
 FIRST_RADIUS = 2.0
 LAST_RADIUS = 1.1  # below it a step changes next to nothing
+NUM_ERRORS = (1.0, 2.0, 4.0)  # standard errors by which a step's changes are taken for worse, one step after another
 POWERS = (-1.5, -0.5, 0.5, 1.5)  # of the radius, by which a layer's tokens change
 
 
 @dataclass(frozen=True)
 class Round:
-    """One round, on the search split: losses before, as the knapsack predicted and as measured; sensitivities: per
-    layer, the predicted changes of the smallest steps, by what they are (`Neighbourhood.named`)."""
+    """One step, on the search split: losses before, as the knapsack predicted and as measured; num_errors: the standard
+    errors that were added; sensitivities: with a prediction's first step, of each layer the predicted changes of the
+    smallest steps, by what they are (`Neighbourhood.named`)."""
 
     radius: float
+    num_errors: float
     before: float
     predicted: float
     measured: float
@@ -111,31 +115,32 @@ def improve(
     by_head: every KV head gets its own count; the space then is `space` with heads shared by weight.
     """
     wishes = wishes or tokens_and_bits
-    allocation, radius, rounds = start, FIRST_RADIUS, list[Round]()
+    allocation, radius, rounds, num_predictions = start, FIRST_RADIUS, list[Round](), 0
     loss = evaluator.evaluate(space, start).mean(objective)
     while True:
         wished = [
             alternatives(space, i, mine, wishes(mine, quantizer, radius), floor) for i, mine in enumerate(allocation)
         ]
-        left_out = evaluator.parts[len(rounds) % len(evaluator.parts)]
+        left_out = evaluator.parts[num_predictions % len(evaluator.parts)]
         parts = [part for part in evaluator.parts if part != left_out] or evaluator.parts
         changes = predicted_changes(evaluator, space, allocation, wished, objective, parts, by_head)
-        options = tuple(
-            _options(space, layer, mine, others, by_head)
-            for layer, (mine, others) in enumerate(zip(allocation, changes, strict=True))
-        )
-        around = Neighbourhood(space, allocation, options)
+        num_predictions += 1
         progress(FORWARDS)
-        new_space, candidate, predicted_change = _best(space, options, by_head)
-        measured = evaluator.evaluate(new_space, candidate).mean(objective)
-        progress(1)
-        rounds.append(Round(radius, loss, loss + predicted_change, measured, around.named))
-        if rounds[-1].is_accepted:
-            space, allocation, loss = new_space, candidate, measured
-            accept(space, allocation)
+        seen = [_neighbourhood(space, allocation, changes, by_head, num_errors) for num_errors in NUM_ERRORS]
+        around = seen[0]
+        for num_errors, tried in zip(NUM_ERRORS, seen, strict=True):
+            new_space, candidate, predicted_change = _best(space, tried.options, by_head)
+            measured = evaluator.evaluate(new_space, candidate).mean(objective)
+            named = around.named if tried is around else ()
+            rounds.append(Round(radius, num_errors, loss, loss + predicted_change, measured, named))
+            if rounds[-1].is_accepted:
+                space, allocation, loss = new_space, candidate, measured
+                accept(space, allocation)
+                break
         else:
             radius = math.sqrt(radius)
-        if len(rounds) == num_rounds or radius < LAST_RADIUS:
+        progress(1)
+        if num_predictions == num_rounds or radius < LAST_RADIUS:
             return space, allocation, rounds, around
 
 
@@ -195,16 +200,22 @@ def next_bits(bits: int, step: int) -> int:
     return BITS[min(max(place + step, 0), len(BITS) - 1)]
 
 
-def _options(
-    space: Space, layer: int, mine: Choice, changes: Mapping[Choice, tuple[float, ...]], by_head: bool
-) -> tuple[Option, ...]:
-    """What a layer has, which changes nothing, and its alternatives."""
+def _neighbourhood(
+    space: Space, allocation: Allocation, changes: Sequence[Mapping[Choice, tuple[Change, ...]]], by_head: bool,
+    num_errors: float,
+) -> Neighbourhood:  # fmt: skip
+    """What every layer has, which changes nothing, and its alternatives, so many standard errors worse."""
 
-    def option(choice: Choice, of_units: tuple[float, ...] | None = None) -> Option:
+    def option(layer: int, choice: Choice, of_units: tuple[Change, ...] | None = None) -> Option:
         tokens = space.tokens_of_heads(layer, choice) if by_head else (choice.tokens,)
-        return Option(choice, tokens, of_units or (0.0,) * len(tokens))
+        cautious = tuple(change.cautious(num_errors) for change in of_units or ())
+        return Option(choice, tokens, cautious or (0.0,) * len(tokens))
 
-    return (option(mine), *(option(choice, of_units) for choice, of_units in changes.items()))
+    options = tuple(
+        (option(layer, mine), *(option(layer, choice, of_units) for choice, of_units in others.items()))
+        for layer, (mine, others) in enumerate(zip(allocation, changes, strict=True))
+    )
+    return Neighbourhood(space, allocation, options)
 
 
 def _best(space: Space, options: Sequence[Sequence[Option]], by_head: bool) -> tuple[Space, Allocation, float]:

@@ -26,7 +26,7 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from qpkv_planner.allocation import Allocation, Choice, Space
-from qpkv_planner.measurement import Evaluator, Objective, cautious_mean
+from qpkv_planner.measurement import Change, Evaluator, Objective
 from qpkv_planner.one_row import Attended
 from qpkv_planner.side_by_side import side_by_side
 from qpkv_runtime.cache import runs_on
@@ -40,9 +40,9 @@ FORWARDS = 2 * len(SCALES)  # a backward takes about as long as a forward
 def predicted_changes(
     evaluator: Evaluator, space: Space, allocation: Allocation, alternatives: Sequence[Sequence[Choice]],
     objective: Objective, parts: Sequence[int] | None = None, by_head: bool = False,
-) -> list[dict[Choice, tuple[float, ...]]]:  # fmt: skip
-    """For each layer, its alternatives and the change of the loss that each alone would make, in nats, one standard
-    error worse than its mean (`cautious_mean`): of the whole layer, one number, or of every KV head alone."""
+) -> list[dict[Choice, tuple[Change, ...]]]:  # fmt: skip
+    """For each layer, its alternatives and the change of the loss that each alone would make: of the whole layer, one,
+    or of every KV head alone."""
     parts = tuple(parts or evaluator.parts)
 
     def measure() -> dict[str, list[float]]:
@@ -54,12 +54,14 @@ def predicted_changes(
             for change in of_layer
             for of_head in (change.T if by_head else change.sum(1)[None])
         ]
-        return {"changes": [cautious_mean(of_unit, kinds) for of_unit in units]}
+        means, errors = zip(*(Change.of(of_unit, kinds) for of_unit in units), strict=True)
+        return {"changes": list(means), "errors": list(errors)}
 
     num_units = space.shape.num_kv_heads if by_head else 1
     names = [[choice.key for choice in of_layer] for of_layer in alternatives]
-    about = {"predicted": objective, "alternatives": names, "units": num_units}
-    changes = iter(evaluator.recalled(about, space, allocation, parts, FORWARDS, measure)["changes"])
+    about = {"predictions": objective, "alternatives": names, "units": num_units}
+    found = evaluator.recalled(about, space, allocation, parts, FORWARDS, measure)
+    changes = iter(map(Change, found["changes"], found["errors"]))
     return [{choice: tuple(islice(changes, num_units)) for choice in of_layer} for of_layer in alternatives]
 
 

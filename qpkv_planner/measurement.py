@@ -15,7 +15,7 @@ from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import partial
 from itertools import combinations, pairwise
-from typing import Any, Literal, cast
+from typing import Any, Literal, NamedTuple, cast
 
 import numpy as np
 import torch
@@ -94,16 +94,24 @@ class Losses:
         }
 
 
-def cautious_mean(changes: NDArray[np.float64], kinds: Sequence[str]) -> float:
-    """The mean over kinds of a loss's change per sample, plus its standard error.
+class Change(NamedTuple):
+    """Of a loss, in nats: the mean over kinds of the samples' means, and its standard error."""
 
-    A search that picks the best of many noisy changes picks noise; one standard error more, and only changes that the
-    samples agree on look good.
-    """
-    names = np.array(kinds)
-    groups = [changes[names == kind] for kind in sorted(set(kinds))]
-    variance = sum(group.var() / len(group) for group in groups) / len(groups) ** 2
-    return float(np.mean([group.mean() for group in groups]) + np.sqrt(variance))
+    mean: float
+    error: float
+
+    @classmethod
+    def of(cls, changes: NDArray[np.float64], kinds: Sequence[str]) -> Change:
+        """Of the samples' changes."""
+        names = np.array(kinds)
+        groups = [changes[names == kind] for kind in sorted(set(kinds))]
+        variance = sum(group.var() / len(group) for group in groups) / len(groups) ** 2
+        return cls(float(np.mean([group.mean() for group in groups])), float(np.sqrt(variance)))
+
+    def cautious(self, num_errors: float = 1.0) -> float:
+        """So many standard errors worse than its mean: a search that picks the best of many noisy changes picks noise,
+        and then only changes that the samples agree on look good."""
+        return self.mean + num_errors * self.error
 
 
 def interval(losses: Losses, measure: str, minus: Losses | None = None, seed: int = 0) -> Interval:

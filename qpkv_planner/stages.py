@@ -245,8 +245,8 @@ class Search:
         return Candidate(candidate.stage, space, allocation)
 
     def _grid(self, evaluator: Evaluator) -> Setting:
-        """Measure the uniform settings. The one of lowest cross-entropy is what the plan must beat; the search starts at
-        the one of the lowest objective that is below 16 bit, has the search's window and gives every layer as much."""
+        """Measure the uniform settings. The one of lowest cross-entropy is what the plan must beat; the search starts
+        at that of the lowest objective that is below 16 bit, has the search's window and gives every layer as much."""
         self._stage("uniform grid")
         rows = []
         for setting in self.grid:

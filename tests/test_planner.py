@@ -21,7 +21,7 @@ from qpkv_planner.grid import make_setting
 from qpkv_planner.heads import measure_heads
 from qpkv_planner.knapsack import Option, _solve
 from qpkv_planner.linearization import SCALES, _gradients, _outputs, predicted_changes, sample_changes
-from qpkv_planner.measurement import Evaluator, Losses, cautious_mean, interval
+from qpkv_planner.measurement import Change, Evaluator, Losses, interval
 from qpkv_planner.one_row import Attended
 from qpkv_planner.prefill import ANSWERABLE_NATS, ContextRun, prepare
 from qpkv_planner.session import describe
@@ -209,8 +209,8 @@ def test_predicted_changes_tell_the_layers_that_matter(tiny, space, prepared):
     before, measured = evaluator.evaluate(space, allocation), []
     for layer, half in enumerate(halves):
         after = evaluator.evaluate(space, (*allocation[:layer], half, *allocation[layer + 1 :]))
-        measured.append(cautious_mean(after.kl - before.kl, after.kinds))
-    found = [changes[half][0] for changes, half in zip(predicted, halves, strict=True)]
+        measured.append(Change.of(after.kl - before.kl, after.kinds).cautious())
+    found = [changes[half][0].cautious() for changes, half in zip(predicted, halves, strict=True)]
     assert np.corrcoef(found, measured)[0, 1] > 0.8
 
 
@@ -240,7 +240,7 @@ def test_what_a_layer_keeps_already_is_predicted_to_change_nothing_and_nothing_i
     evaluator, allocation = Evaluator(tiny[0], prepared), uniform(space, "rotated-k3v3")
     alternatives = [[mine] for mine in allocation]
     first = predicted_changes(evaluator, space, allocation, alternatives, "kl")
-    assert all(change == (0,) for changes in first for change in changes.values())
+    assert all(change == ((0, 0),) for changes in first for change in changes.values())
     spent = evaluator.spent
     monkeypatch.setattr(Evaluator, "forward", None)
     assert predicted_changes(evaluator, space, allocation, alternatives, "kl") == first
