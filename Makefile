@@ -45,14 +45,14 @@ SEARCH = $(BIN)/python -m qpkv_planner --calibration-cache runs/plans
 AT_2048 = --model smollm2 --context-length 2048 \
     --calibration-mix number=1,word=2,place=1,line=1,chain=2,prose=5,reference=2,code=1
 
-plans: install  ## the checked-in plans of smollm2 and tiny, searched anew (two to three hours; a study resumes what is killed)
+plans: install  ## the checked-in plans of smollm2 and tiny, searched anew (three to four hours; a study resumes what is killed)
 	mkdir -p runs/plans
 	$(SEARCH) --model smollm2 --context-length 1024 --budget 1/32,1/64,1/128 --study runs/plans/study --resume --out-dir plans
 	$(SEARCH) --model smollm2 --context-length 1024 --budget 1/16 --output plans/smollm2__1-16.yaml
 	$(SEARCH) --model smollm2 --context-length 1024 --budget 1/8 --quick --output plans/smollm2__1-8.yaml
 	$(SEARCH) --model smollm2 --context-length 1024 --budget 1/4 --quick --output plans/smollm2__1-4.yaml
 	$(SEARCH) $(AT_2048) --budget 1/64,1/128 --study runs/plans/study-2048 --resume --out-dir plans/2048
-	$(SEARCH) $(AT_2048) --budget 1/32 --output plans/2048/smollm2__1-32.yaml
+	for n in 8 16 32; do $(SEARCH) $(AT_2048) --budget 1/$$n --output plans/2048/smollm2__1-$$n.yaml || exit 1; done
 	$(SEARCH) --model tiny --context-length 512 --budget 1/4,1/8,1/16,1/32,1/64,1/128 --quick --out-dir plans
 	rm -f plans/frontier.json plans/2048/frontier.json
 
