@@ -62,10 +62,14 @@ def eliminate(
     return space.fill(allocation), passes
 
 
+def larger(space: Space, times_budget: float) -> Space:
+    """The space at this multiple of the budget."""
+    return replace(space, requested=f"{int(space.limit_bytes * times_budget)}B")
+
+
 def roomy(space: Space, format: str, times_budget: float) -> Allocation:
     """Where elimination starts without anything better: every layer alike at this multiple of the budget."""
-    larger = replace(space, requested=f"{int(space.limit_bytes * times_budget)}B")
-    allocation = larger.project([1.0] * space.shape.num_layers, [format] * space.shape.num_layers)
+    allocation = larger(space, times_budget).project([1.0] * space.shape.num_layers, [format] * space.shape.num_layers)
     assert allocation is not None
     return allocation
 

@@ -101,6 +101,7 @@ def estimated_steps(options: Options, lengths: Lengths, num_layers: int, num_bud
     effort = options.effort
     contexts = effort.search_contexts + effort.validation_contexts
     elimination = 5 * math.log2(effort.times_budget) * (1 + FORWARDS // effort.num_parts)
+    elimination += effort.roomy_rounds * (1 + FORWARDS)
     grid = (len(effort.formats) + 9) * (1 if lengths.search == lengths.calibration else 2)
     one_budget = grid + elimination + effort.rounds * (1 + FORWARDS) + effort.trials + 12
     return int(contexts + num_budgets * (one_budget + effort.additivity_plans))

@@ -21,7 +21,7 @@ SCORERS = (Scorer.model_validate(SHORT), Scorer.model_validate(LONG))
 
 @dataclass(frozen=True)
 class Effort:
-    """How much a search does. times_budget: where elimination starts."""
+    """How much a search does. times_budget: where elimination starts, after so many roomy_rounds of the knapsack."""
 
     search_contexts: int
     validation_contexts: int
@@ -29,13 +29,14 @@ class Effort:
     formats: tuple[str, ...]
     scorers: tuple[Scorer, ...]
     times_budget: float
+    roomy_rounds: int
     rounds: int
     trials: int
     additivity_plans: int
 
 
-QUICK = Effort(12, 9, 3, QUICK_FORMATS, SCORERS, 1.5, 2, 8, 0)
-THOROUGH = Effort(24, 24, 3, FORMATS, SCORERS, 1.5, 4, 8, 24)
+QUICK = Effort(12, 9, 3, QUICK_FORMATS, SCORERS, 1.5, 0, 2, 8, 0)
+THOROUGH = Effort(24, 24, 3, FORMATS, SCORERS, 2.0, 2, 4, 8, 24)
 
 
 @dataclass(frozen=True)

@@ -15,9 +15,9 @@ from typing import Any
 
 from qpkv_planner import lagrangian, search
 from qpkv_planner.allocation import Allocation, Space, format_named
-from qpkv_planner.elimination import eliminate, roomy
+from qpkv_planner.elimination import eliminate, larger, roomy
 from qpkv_planner.grid import Setting, with_format
-from qpkv_planner.knapsack import additivity, improve
+from qpkv_planner.knapsack import Round, additivity, improve
 from qpkv_planner.measurement import Evaluator, Losses, OutOfTime, interval
 from qpkv_planner.session import LastFound, Session, scorings_of, versions
 from qpkv_runtime.errors import InputError
@@ -100,18 +100,14 @@ class Search:
         floor = min(choice.tokens for choice in start.allocation) // LEAST_SHARE
 
         self._stage("elimination")
-        begin_space, begin = space, roomy(space, start.format, self.effort.times_budget)
-        if (last := self.session.last) is not None and last.format == start.format:
-            last_space = replace(space, heads=last.heads)
-            if last_space.bytes(last.allocation) > space.limit_bytes:
-                begin_space, begin = last_space, last.allocation
+        begin_space, begin = self._roomy(evaluator, start, quantizer, floor)
         eliminated, passes = eliminate(evaluator, begin_space, begin, self.objective, floor, self.progress.step)
         self.record["elimination"] = [asdict(one) for one in passes]
         self.candidates.append(Candidate("elimination", begin_space, eliminated))
         eliminated_loss = self._say("elimination", evaluator.evaluate(begin_space, eliminated)).mean(self.objective)
 
         self._stage("knapsack")
-        # from what elimination leaves of a roomy start, not of a larger budget's plan, it fits other splits less
+        # what elimination leaves of a larger budget's plan serves other splits well, of a larger uniform setting less
         first_space, first = space, start.allocation
         if begin_space is not space and eliminated_loss < evaluator.evaluate(space, start.allocation).mean(
             self.objective
@@ -122,7 +118,7 @@ class Search:
             lambda space, allocation: self._keep(Candidate("knapsack", space, allocation)),
             by_head=self.session.by_head,
         )  # fmt: skip
-        self.record["knapsack"] = [{**asdict(one), "accepted": one.is_accepted} for one in rounds]
+        self.record["knapsack"] = _recorded(rounds)
         self._keep(Candidate("knapsack", found_space, improved))
         improved_losses = self._say("knapsack", evaluator.evaluate(found_space, improved))
         self.session.last = LastFound(start.format, found_space.heads, improved)
@@ -153,6 +149,24 @@ class Search:
         self.candidates += _geometric_mean("half elimination", [(begin_space, eliminated), even])
         self.candidates += _geometric_mean("half knapsack", [(found_space, improved), even])
         self.slope = self._slope(evaluator, found_space, improved, improved_losses)
+
+    def _roomy(self, evaluator: Evaluator, start: Setting, quantizer: str, floor: int) -> tuple[Space, Allocation]:
+        """Where elimination starts, and its space: at the larger budget's plan that the session has, or at a multiple
+        of this budget, where a few rounds of the knapsack improve on the uniform setting."""
+        space, last, times_budget = start.space, self.session.last, self.effort.times_budget
+        if last is not None and last.format == start.format:
+            last_space = replace(space, heads=last.heads)
+            if last_space.bytes(last.allocation) > space.limit_bytes:
+                return last_space, last.allocation
+        even = roomy(space, start.format, times_budget)
+        if not self.effort.roomy_rounds:
+            return space, even
+        found_space, found, rounds, _ = improve(
+            evaluator, larger(space, times_budget), even, quantizer, self.effort.roomy_rounds, self.objective, floor,
+            self.progress.step, by_head=self.session.by_head,
+        )  # fmt: skip
+        self.record["roomy"] = _recorded([replace(one, sensitivities=()) for one in rounds])
+        return replace(found_space, requested=space.requested), found
 
     def _trial(self, number: int) -> None:
         """A trial begins."""
@@ -274,12 +288,12 @@ class Search:
 
         losses: the allocation's own, on the same samples.
         """
-        larger_space = replace(space, requested=f"{int(space.limit_bytes * 1.1)}B")
+        larger_space = larger(space, 1.1)
         weights = [float(choice.tokens) for choice in allocation]
-        larger = larger_space.project(weights, [choice.format for choice in allocation])
-        assert larger is not None
-        loss = evaluator.evaluate(larger_space, larger).mean(self.objective)
-        return lagrangian.slope(losses.mean(self.objective), space.bytes(allocation), loss, space.bytes(larger))
+        grown = larger_space.project(weights, [choice.format for choice in allocation])
+        assert grown is not None
+        loss = evaluator.evaluate(larger_space, grown).mean(self.objective)
+        return lagrangian.slope(losses.mean(self.objective), space.bytes(allocation), loss, space.bytes(grown))
 
     def _say(self, what: str, losses: Losses) -> Losses:
         if what != "full cache":
@@ -289,6 +303,10 @@ class Search:
             f"exact answers {100 * losses.mean('exact'):.0f} %"
         )
         return losses
+
+
+def _recorded(rounds: Sequence[Round]) -> list[dict[str, Any]]:
+    return [{**asdict(one), "accepted": one.is_accepted} for one in rounds]
 
 
 def _is_even(setting: Setting) -> bool:

@@ -24,12 +24,13 @@ SMALL = replace(
     formats=("rotated-k4v4", "rotated-k3v3"),
     scorers=options.QUICK.scorers[:1],
     times_budget=1.5,
+    roomy_rounds=1,
     rounds=1,
     trials=3,
     additivity_plans=2,
 )
 # where the stages between the grid and the finalists are not what is tested
-SMALLEST = replace(SMALL, formats=("rotated-k4v4",), times_budget=1.2, trials=0, additivity_plans=0)
+SMALLEST = replace(SMALL, formats=("rotated-k4v4",), times_budget=1.2, roomy_rounds=0, trials=0, additivity_plans=0)
 MIX = "number=1,word=1,prose=1"
 FEW = Data(mix=parse_mix(MIX))  # two questions and a text a context
 
