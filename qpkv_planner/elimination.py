@@ -10,7 +10,7 @@ from __future__ import annotations
 from collections.abc import Callable
 from dataclasses import dataclass, replace
 
-from qpkv_planner.allocation import Allocation, Choice, Space
+from qpkv_planner.allocation import Allocation, Choice, Space, uniform
 from qpkv_planner.linearization import FORWARDS, predicted_changes
 from qpkv_planner.measurement import Evaluator, Objective
 
@@ -69,7 +69,7 @@ def larger(space: Space, times_budget: float) -> Space:
 
 def roomy(space: Space, format: str, times_budget: float) -> Allocation:
     """Where elimination starts without anything better: every layer alike at this multiple of the budget."""
-    allocation = larger(space, times_budget).project([1.0] * space.shape.num_layers, [format] * space.shape.num_layers)
+    allocation = uniform(larger(space, times_budget), format)
     assert allocation is not None
     return allocation
 

@@ -54,8 +54,8 @@ def predicted_changes(
             for change in of_layer
             for of_head in (change.T if by_head else change.sum(1)[None])
         ]
-        means, errors = zip(*(Change.of(of_unit, kinds) for of_unit in units), strict=True)
-        return {"changes": list(means), "errors": list(errors)}
+        found = [Change.of(of_unit, kinds) for of_unit in units]
+        return {"changes": [change.mean for change in found], "errors": [change.error for change in found]}
 
     num_units = space.shape.num_kv_heads if by_head else 1
     names = [[choice.key for choice in of_layer] for of_layer in alternatives]
