@@ -60,13 +60,13 @@ class _OneRow(CacheLayerMixin):
     def padded(self, x: Tensor) -> Tensor:
         """[1, H, inputs, D] -> [B, H, longest, D]."""
         out = x.new_zeros(self.size[0] * self.size[1], x.shape[1], x.shape[3])
-        out[self.slots] = x[0].transpose(0, 1)
+        out = out.index_copy(0, self.slots, x[0].transpose(0, 1))
         batch: Tensor = out.unflatten(0, self.size).transpose(1, 2)
         return batch
 
     def in_a_row(self, x: Tensor) -> Tensor:
         """[B, H, longest, D] -> [1, H, inputs, D]."""
-        row: Tensor = x.transpose(1, 2).flatten(0, 1)[self.slots].transpose(0, 1)[None]
+        row: Tensor = x.transpose(1, 2).flatten(0, 1).index_select(0, self.slots).transpose(0, 1)[None]
         return row
 
     def get_seq_length(self) -> int:

@@ -22,7 +22,7 @@ from torch import Tensor
 from qpkv_kernels.hadamard import hadamard
 from qpkv_planner.allocation import format_named, uniform
 from qpkv_runtime.cache import PlannedCache
-from qpkv_runtime.compression import TierTensors, decode, encode, read_vectors, to_storage, write_block
+from qpkv_runtime.compression import TierTensors, decode, encode, read_vectors, to_storage, tokens_at, write_block
 from qpkv_runtime.errors import NumericsError
 from qpkv_runtime.ledger import layer_ledger, quantum_tokens
 from qpkv_runtime.methods import QUANTIZERS
@@ -661,6 +661,39 @@ def test_rotated_scales_are_the_best_of_the_searched_clips(size):
             steps = torch.where(scale > 0, rotated / scale.clamp(min=2**-24), 0.0)
             read = ((steps - 0.5).round().clamp(-half, half - 1) + 0.5) * scale
             assert bool((got <= (read - rotated).square().sum(-1) * (1 + 1e-4)).all())
+
+
+@pytest.mark.parametrize("size", [2.0**-24, 1.0])  # the first: some of the clips' scales round to zero
+@pytest.mark.parametrize("bits", [1, 2, 3, 4])
+def test_rotated_scales_are_those_that_errors_summed_in_float64_choose(bits, size):
+    # values of a few magnitudes, so that many clips are as good as another to the last bits of a float32 sum
+    x = hadamard(
+        torch.randint(-3, 4, (2, 3, 400, 64)).float() * size * 2.0 ** torch.randint(0, 5, (2, 3, 400, 1))
+    ).half()
+    scales = write("value", tensor_format("rotated", bits), x).encoded.scales
+    y, half = hadamard(x.float()), 2 ** (bits - 1)
+    candidates = (y.abs().amax(-1, keepdim=True) * torch.tensor([clip / half for clip in CLIPS[bits]])).half()
+    inverse = torch.where(candidates == 0, 0, 1 / candidates.float())
+    exact = y[..., None, :] * inverse[..., None] - 0.5
+    errors = (exact.round().clamp(-half, half - 1) - exact).square().double().sum(-1) * candidates.double().square()
+    errors = torch.where(candidates == 0, y.square().double().sum(-1, keepdim=True), errors)
+    assert torch.equal(scales, candidates.gather(-1, errors.argmin(-1, keepdim=True))[..., 0])
+
+
+@pytest.mark.parametrize(
+    "layout", ["as it is", "heads last", "one for all rows", "part of the channels", "every other"]
+)
+def test_tokens_are_gathered_from_memory_of_any_layout(layout):
+    tokens = torch.randn(3, 2, 11, 24)
+    x = {
+        "as it is": tokens,
+        "heads last": tokens.transpose(1, 2).contiguous().transpose(1, 2),
+        "one for all rows": tokens[:1].expand(3, -1, -1, -1),
+        "part of the channels": tokens[..., 3:19],
+        "every other": tokens[:, 1:, 1::2, ::2],
+    }[layout]
+    rows = torch.randint(0, x.shape[2], (*x.shape[:2], 7))
+    assert torch.equal(tokens_at(x, rows), x.gather(2, rows[..., None].expand(-1, -1, -1, x.shape[3])))
 
 
 def test_rotation_balances_keys_for_the_queries_that_read_them():
