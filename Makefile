@@ -41,9 +41,7 @@ paper-plans: install  ## the papers' recommended settings for their models, by a
 	done; done; done
 
 SEARCH = $(BIN)/python -m qpkv_planner --calibration-cache runs/plans
-# twice as many of the questions that a small model often cannot answer, or a few samples make up most of the loss (LOG.md)
-AT_2048 = --model smollm2 --context-length 2048 \
-    --calibration-mix number=1,word=2,place=1,line=1,chain=2,prose=5,reference=2,code=1
+AT_2048 = --model smollm2 --context-length 2048
 
 plans: install  ## the checked-in plans of smollm2 and tiny, searched anew (three to four hours; a study resumes what is killed)
 	mkdir -p runs/plans

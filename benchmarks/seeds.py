@@ -48,7 +48,7 @@ def main() -> int:
     rows: list[dict[str, Any]] = []
     for seed in arguments.seeds:
         options = Options(context_tokens=arguments.context_length, quick=not arguments.thorough, seed=seed)
-        steps = estimated_steps(options, check_lengths(options, shape), shape.num_layers, len(arguments.budgets))
+        steps = estimated_steps(options, check_lengths(options, shape), shape, len(arguments.budgets))
         progress = Progress(steps, quiet=False)
         study = arguments.study / f"seed-{seed}"
         session = Session(

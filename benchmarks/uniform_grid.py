@@ -23,10 +23,11 @@ from numpy.typing import NDArray
 
 from benchmarks.where import RESULTS, where, write_rows
 from qpkv_planner.allocation import Space, allocation_of
-from qpkv_planner.calibration import BUILT_IN, Data, make_split, parse_mix
+from qpkv_planner.calibration import BUILT_IN, Data, make_split
 from qpkv_planner.calibration_cache import load_or_prepare
 from qpkv_planner.grid import FORMATS, QUICK_FORMATS, make_grid, scorer_name, scorer_named, setting_named
 from qpkv_planner.measurement import Evaluator, Losses, interval
+from qpkv_planner.mix import parse_mix
 from qpkv_planner.options import SCORERS
 from qpkv_planner.session import describe
 from qpkv_runtime.compression import Scoring

@@ -19,6 +19,7 @@ from typing import Any, Literal
 from transformers import PreTrainedTokenizerBase
 
 from qpkv_planner import texts
+from qpkv_planner.mix import DOCUMENTS, FACT_KINDS, Mix, default_mix
 from qpkv_runtime.errors import InputError
 
 TEXT_PROMPT_TOKENS = 16  # of the document after the context, before the continuation that is measured
@@ -28,8 +29,6 @@ SEARCH_SHARE = 0.4  # of a user's samples; the others are for validation
 
 Regime = Literal["aware", "agnostic"]
 Target = Literal["gold", "self"]
-DOCUMENTS = ("prose", "reference", "code")
-DEFAULT_MIX = {"number": 2, "word": 1, "place": 1, "line": 1, "chain": 1, "prose": 5, "reference": 2, "code": 1}
 
 
 @dataclass(frozen=True)
@@ -38,18 +37,21 @@ class Data:
 
     regime: "aware", the question is inside the compressed prompt; "agnostic", the context is compressed first and the
     question goes over the compressed cache. target: the "gold" continuation, or what the full cache writes itself
-    ("self"). mix: facts of each kind in a context, and in which proportions the documents come, as sorted pairs.
-    file: a user's samples in place of the built-in ones.
+    ("self"). mix: None for the default of the contexts' length. file: a user's samples in place of the built-in ones.
     """
 
     regime: Regime = "aware"
     target: Target = "gold"
-    mix: tuple[tuple[str, int], ...] = tuple(sorted(DEFAULT_MIX.items()))
+    mix: Mix | None = None
     file: Path | None = None
 
-    def record(self) -> dict[str, Any]:
-        """What a plan says of it, and `of_record` reads."""
-        source: dict[str, Any] = {"mix": dict(self.mix)}
+    def mix_of(self, context_tokens: int) -> Mix:
+        """Of contexts of this length."""
+        return self.mix or default_mix(context_tokens)
+
+    def record(self, context_tokens: int) -> dict[str, Any]:
+        """What a plan says of it, made of contexts of this length, and `of_record` reads."""
+        source: dict[str, Any] = {"mix": dict(self.mix_of(context_tokens))}
         if self.file is not None:
             source = {"file": self.file.name, "file_hash": hash_file(self.file)}
         return {"regime": self.regime, "target": self.target, **source}
@@ -71,26 +73,6 @@ class Data:
 
 
 BUILT_IN = Data()
-
-
-def parse_mix(text: str) -> tuple[tuple[str, int], ...]:
-    """`number=2,word=1,prose=1` -> a mix; what is not named is left out. Raises InputError."""
-    mix: dict[str, int] = {}
-    for part in text.split(","):
-        kind, _, count = part.strip().partition("=")
-        if kind not in DEFAULT_MIX or not count.isdigit():
-            raise InputError(
-                f"--calibration-mix is like number=2,word=1,prose=1, its kinds {', '.join(DEFAULT_MIX)}, got {text!r}"
-            )
-        mix[kind] = int(count)
-    named = sum(mix.get(kind, 0) * (4 if kind == "line" else 1) for kind in DEFAULT_MIX if kind not in DOCUMENTS)
-    if named > 10 or mix.get("chain", 0) > 2:
-        raise InputError(
-            f"--calibration-mix takes up to 10 facts a context (a line counts 4) and 2 chains, got {text!r}"
-        )
-    if not any(mix.get(kind) for kind in DOCUMENTS):
-        raise InputError(f"--calibration-mix needs a document kind ({', '.join(DOCUMENTS)}), got {text!r}")
-    return tuple(sorted(mix.items()))
 
 
 def hash_file(path: Path) -> str:
@@ -294,6 +276,7 @@ def make_splits(
     """
     if data.file is not None:
         return _user_splits(tokenizer, data, counts, context_tokens, seed)
+    data = replace(data, mix=data.mix_of(context_tokens))
     tokens = dict.fromkeys(counts, context_tokens) | {"search": search_tokens or context_tokens}
     return {name: make_split(tokenizer, name, count, tokens[name], seed, data) for name, count in counts.items()}
 
@@ -304,10 +287,8 @@ def make_split(
 ) -> Split:  # fmt: skip
     """One built-in split, as `make_splits`."""
     chance = random.Random(f"{name}-{seed}")
-    frame = Frame.of(tokenizer)
-    contexts = [
-        _make_context(tokenizer, frame, name, i, context_tokens, dict(data.mix), chance) for i in range(num_contexts)
-    ]
+    frame, mix = Frame.of(tokenizer), dict(data.mix_of(context_tokens))
+    contexts = [_make_context(tokenizer, frame, name, i, context_tokens, mix, chance) for i in range(num_contexts)]
     return Split(name, tuple(contexts), data.regime, data.target)
 
 
@@ -359,7 +340,7 @@ def _make_context(
 def _facts(split: str, mix: Mapping[str, int], chance: random.Random) -> list[Fact]:
     """As many facts of each kind as the mix says, no wording twice while there are others."""
     facts: list[Fact] = []
-    for kind in (kind for kind in DEFAULT_MIX if kind not in DOCUMENTS):
+    for kind in FACT_KINDS:
         for _ in range(mix.get(kind, 0)):
             known = [fact for fact in FACTS[split] if fact.kind == kind]
             facts.append(chance.choice([fact for fact in known if fact not in facts] or known))

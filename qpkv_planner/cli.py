@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING, Any
 from qpkv_planner.allocation import HEADS
 from qpkv_planner.fit import Fit, fit, memory_bytes, weights_bytes
 from qpkv_planner.grid import PAPER_WINDOW
+from qpkv_planner.mix import LONG, LONG_TOKENS, SHORT, parse_mix
 from qpkv_runtime.budget import limit_bytes
 from qpkv_runtime.cli import CommandParser
 from qpkv_runtime.errors import EXIT_INTERRUPTED, InputError, run_command
@@ -140,8 +141,7 @@ def parser() -> CommandParser:
     out.add_argument(
         "--calibration-mix",
         metavar="KIND=N,...",
-        help="facts per context and shares of documents (default number=2,word=1,place=1,line=1,chain=1,prose=5,"
-        "reference=2,code=1)",
+        help=f"facts per context and shares of documents (default {SHORT}; from {LONG_TOKENS} tokens on {LONG})",
     )
     out.add_argument(
         "--regime",
@@ -277,10 +277,10 @@ def _load(arguments: argparse.Namespace) -> tuple[PreTrainedModel, PreTrainedTok
 
 def _settings(arguments: argparse.Namespace) -> dict[str, Any]:
     """The keyword arguments of `planner.plan` and its siblings."""
-    from qpkv_planner.calibration import BUILT_IN, Data, parse_mix
+    from qpkv_planner.calibration import Data
     from qpkv_runtime.models import hub_commit
 
-    mix = parse_mix(arguments.calibration_mix) if arguments.calibration_mix else BUILT_IN.mix
+    mix = parse_mix(arguments.calibration_mix) if arguments.calibration_mix else None
     settings = {
         "name": arguments.model,
         "revision": hub_commit(arguments.model, arguments.revision),

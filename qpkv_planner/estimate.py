@@ -13,12 +13,14 @@ from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from typing import Any
 
-from qpkv_planner.calibration import CONTINUATION_TOKENS, DOCUMENTS
+from qpkv_planner.calibration import CONTINUATION_TOKENS
 from qpkv_planner.fit import FLOAT32_BYTES
 from qpkv_planner.linearization import FORWARDS
+from qpkv_planner.mix import FACT_KINDS
 from qpkv_planner.options import Lengths, Options
 from qpkv_runtime.ledger import full_bytes
 from qpkv_runtime.models.aliases import KnownModel
+from qpkv_runtime.models.shape import ModelShape
 
 SHARE_OF_SPEED = 0.7
 STEP_SHARE = 1 / 10
@@ -83,22 +85,22 @@ def estimate(
     known: KnownModel, options: Options, lengths: Lengths, num_budgets: int, samples: Mapping[str, int] | None = None
 ) -> Estimate:
     """What a search takes. samples: of each split, where they are made; else as many as the mix gives."""
-    effort = options.effort
+    effort = options.effort(known.shape)
     contexts = {"search": effort.search_contexts, "validation": effort.validation_contexts}
-    in_context = 1 + sum(count for kind, count in options.data.mix if kind not in DOCUMENTS)
+    in_context = 1 + sum(count for kind, count in options.data.mix_of(lengths.calibration) if kind in FACT_KINDS)
     return Estimate(
         model=known,
         contexts=contexts,
         samples=samples or {name: count * in_context for name, count in contexts.items()},
         lengths=lengths,
         num_scorings=len(effort.scorers) + 1,
-        steps=estimated_steps(options, lengths, known.shape.num_layers, num_budgets) - sum(contexts.values()),
+        steps=estimated_steps(options, lengths, known.shape, num_budgets) - sum(contexts.values()),
     )
 
 
-def estimated_steps(options: Options, lengths: Lengths, num_layers: int, num_budgets: int) -> int:
+def estimated_steps(options: Options, lengths: Lengths, shape: ModelShape, num_budgets: int) -> int:
     """Steps of progress: forwards of all samples; a context's prefill counts as one."""
-    effort = options.effort
+    effort = options.effort(shape)
     contexts = effort.search_contexts + effort.validation_contexts
     elimination = 5 * math.log2(effort.times_budget) * (1 + FORWARDS // effort.num_parts)
     elimination += effort.roomy_rounds * (1 + FORWARDS)

@@ -21,7 +21,8 @@ SCORERS = (Scorer.model_validate(SHORT), Scorer.model_validate(LONG))
 
 @dataclass(frozen=True)
 class Effort:
-    """How much a search does. times_budget: where elimination starts, after so many roomy_rounds of the knapsack."""
+    """How much a search does. search_contexts: at most, see `Options.effort`; times_budget: where elimination starts,
+    after so many roomy_rounds of the knapsack."""
 
     search_contexts: int
     validation_contexts: int
@@ -37,6 +38,7 @@ class Effort:
 
 QUICK = Effort(12, 9, 3, QUICK_FORMATS, SCORERS, 1.5, 0, 2, 8, 0)
 THOROUGH = Effort(24, 24, 3, FORMATS, SCORERS, 2.0, 2, 4, 8, 24)
+HEADS_A_CONTEXT, FEWEST_CONTEXTS = 3, 12
 
 
 @dataclass(frozen=True)
@@ -71,9 +73,12 @@ class Options:
     timeout_seconds: float | None = None
     seed: int = 0
 
-    @property
-    def effort(self) -> Effort:
+    def effort(self, shape: ModelShape) -> Effort:
+        """For this model: a search chooses every KV head's share, and the fewer there are, the fewer contexts tell what
+        is good for them."""
         effort = QUICK if self.quick else THOROUGH
+        enough = max(FEWEST_CONTEXTS, shape.num_layers * shape.num_kv_heads // HEADS_A_CONTEXT)
+        effort = replace(effort, search_contexts=min(effort.search_contexts, enough))
         return effort if self.trials is None else replace(effort, trials=self.trials)
 
 

@@ -125,7 +125,7 @@ def _session(
     if model.config._attn_implementation != NAME:
         raise UnsupportedModelError(f"planning needs qpkv attention: call model.set_attn_implementation('{NAME}')")
     shape = model_shape(model)
-    steps = estimated_steps(options, check_lengths(options, shape), shape.num_layers, num_budgets)
+    steps = estimated_steps(options, check_lengths(options, shape), shape, num_budgets)
     progress = Progress(steps, quiet)
     session = Session(model, tokenizer, options, name, study, calibration_cache, progress, num_budgets)
     try:

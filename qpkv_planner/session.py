@@ -73,10 +73,10 @@ class Session:
         study: Path | None, calibration_cache: Path | None, progress: Progress, num_budgets: int,
     ) -> None:  # fmt: skip
         self.num_budgets = num_budgets
-        self.model, self.options, self.effort, self.progress = model, options, options.effort, progress
+        self.model, self.options, self.progress = model, options, progress
         self.stopped: Literal["interrupted", "timeout"] | None = None
         shape = model_shape(model)
-        self.lengths = check_lengths(options, shape)
+        self.effort, self.lengths = options.effort(shape), check_lengths(options, shape)
         counts = {"search": self.effort.search_contexts, "validation": self.effort.validation_contexts}
         self.splits = make_splits(
             tokenizer, counts, self.lengths.calibration, options.seed, options.data, self.lengths.search

@@ -215,7 +215,7 @@ class Search:
             objective=self.objective,
             seed=self.options.seed,
             context_tokens=tokens,
-            data=self.options.data.record(),
+            data=self.options.data.record(session.lengths.calibration),
             measured_on="search" if split == "search" else "validation",
             stopped=session.stopped,
             hashes={name: split.hash for name, split in session.splits.items()},

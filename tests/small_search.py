@@ -14,7 +14,8 @@ from pathlib import Path
 import torch
 
 from qpkv_planner import cli, measurement, options
-from qpkv_planner.calibration import Data, parse_mix
+from qpkv_planner.calibration import Data
+from qpkv_planner.mix import parse_mix
 from qpkv_planner.options import Effort
 
 SMALL = replace(

@@ -16,9 +16,10 @@ from small_search import FEW, MIX, SMALLEST, Command
 
 from qpkv_planner import cli, measurement, options, planner, regression
 from qpkv_planner.allocation import Space
-from qpkv_planner.calibration import Data, make_splits, parse_mix
+from qpkv_planner.calibration import Data, make_splits
 from qpkv_planner.grid import make_grid
 from qpkv_planner.journal import Journal
+from qpkv_planner.mix import FACT_KINDS, LONG, LONG_TOKENS, SHORT, parse_mix
 from qpkv_runtime.errors import BudgetError, InputError
 from qpkv_runtime.models import load_model, load_tokenizer
 from qpkv_runtime.plan import UNIFORM, load_plan, parse_plan
@@ -245,6 +246,17 @@ def test_the_mix_says_what_a_context_holds():
     for bad in ("number", "riddle=1,prose=1", "number=1", "number=20,prose=1"):
         with pytest.raises(InputError, match="--calibration-mix"):
             parse_mix(bad)
+
+
+@pytest.mark.parametrize(("tokens", "mix"), [(LONG_TOKENS - 1, SHORT), (LONG_TOKENS, LONG)])
+def test_the_default_mix_is_that_of_the_length(tokens, mix):
+    kinds = [kind for kind, count in parse_mix(mix) for _ in range(count) if kind in FACT_KINDS]
+    # a search on shorter contexts asks what the plan's own length is asked
+    splits = make_splits(load_tokenizer("tiny"), {"search": 1, "validation": 1}, tokens, 0, Data(), search_tokens=512)
+    for split in splits.values():
+        assert sorted(sample.kind for sample in split.contexts[0].samples) == sorted([*kinds, "text"])
+    assert Data().record(tokens)["mix"] == dict(parse_mix(mix))
+    assert Data(mix=parse_mix(MIX)).record(tokens)["mix"] == dict(parse_mix(MIX))
 
 
 def test_question_agnostic_contexts_are_compressed_before_the_question(tiny):
