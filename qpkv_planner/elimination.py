@@ -7,6 +7,7 @@ overfit.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable
 from dataclasses import dataclass, replace
 
@@ -53,7 +54,7 @@ def eliminate(
         costs.sort(key=lambda cost: cost[:2])
         share_before = space.bytes(allocation) / space.limit_bytes
         halved = []
-        for _, layer, less in costs[: max(1, int(len(costs) * SHARE_PER_PASS))]:
+        for _, layer, less in costs[: math.ceil(len(costs) * SHARE_PER_PASS)]:
             allocation = (*allocation[:layer], less, *allocation[layer + 1 :])
             halved.append(layer)
             if space.bytes(allocation) <= space.limit_bytes:

@@ -10,7 +10,7 @@ the first of an answer too, is predicted from compressed keys and values.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from functools import partial
 from typing import Any, cast
@@ -22,6 +22,8 @@ from transformers.cache_utils import Cache, CacheLayerMixin
 
 from qpkv_kernels.attention import causal_attention
 from qpkv_planner.calibration import CONTINUATION_TOKENS, Context, Regime, Sample, Split, Target
+from qpkv_planner.fit import FLOAT32_BYTES
+from qpkv_planner.machine import free_bytes
 from qpkv_planner.side_by_side import side_by_side
 from qpkv_runtime.attention import Handle
 from qpkv_runtime.cache import layer_parts, runs_on
@@ -276,36 +278,22 @@ def prepare(
     token_rows: list[Tensor] = []
     logprobs: list[Tensor] = []
     part_starts, unanswerable, num_stored = [0], dict[str, int](), 0
-    for position, index in enumerate(order):
+    see = partial(_see, model, shape, storage_dtype, split, scorings, parts)
+    found = _each(see, order, shape, split, runs_on(model))
+    for position, (index, seen) in enumerate(zip(order, found, strict=True)):
         if position and index % num_parts != order[position - 1] % num_parts:
             part_starts.append(len(samples))
-        context = split.contexts[index]
-        run = ContextRun(model, shape, context, parts, split.regime, split.target)
-        kept = []
-        for row, sample in enumerate(run.samples):
-            logprobs_of = run.logprobs[row]
-            expected = torch.tensor(sample.continuation, device=logprobs_of.device)[:, None]
-            loss = -logprobs_of.gather(1, expected).mean()
-            if not bool(loss.isfinite()):
-                run.check_finite(storage_dtype)
-                raise NumericsError(f"the model's output must be finite, but its loss on a {sample.kind} sample is NaN")
-            if sample.needle is not None and split.target == "gold" and float(loss) > ANSWERABLE_NATS:
-                unanswerable[sample.kind] = unanswerable.get(sample.kind, 0) + 1
-            else:
-                kept.append(row)
-        base, num_context = num_stored, len(context.tokens)
+        base, num_context = num_stored, len(split.contexts[index].tokens)
         num_stored += num_context
-        for row in kept:
-            own = run.num_prompt_tokens(row) - num_context
+        for own in seen.own_tokens:
             rows = torch.cat([torch.arange(base, base + num_context), torch.arange(num_stored, num_stored + own)])
             token_rows.append(rows)
             num_stored += own
-            samples.append((index, run.samples[row]))
-            logprobs.append(run.logprobs[row])
-        remembered = side_by_side(
-            partial(_remember, run, kept, storage_dtype, scorings), range(shape.num_layers), runs_on(model)
-        )
-        for layer, (sides, observations) in enumerate(remembered):
+        samples += [(index, sample) for sample in seen.samples]
+        logprobs += seen.logprobs
+        for kind in seen.unanswerable:
+            unanswerable[kind] = unanswerable.get(kind, 0) + 1
+        for layer, (sides, observations) in enumerate(seen.layers):
             for name, stored in sides.items():
                 if (layer, name) not in banks:
                     sizes = (room, *stored.shape[1:])
@@ -313,8 +301,8 @@ def prepare(
                 banks[layer, name][base:num_stored] = stored
             home = banks[layer, "key"].device
             for scoring, of_samples in observations.items():
-                for seen in of_samples:
-                    observed[layer][scoring].append((seen.importance[0].to(home), seen.query_stats[0].to(home)))
+                for one in of_samples:
+                    observed[layer][scoring].append((one.importance[0].to(home), one.query_stats[0].to(home)))
         progress()
     if not samples:
         raise InputError(
@@ -346,6 +334,61 @@ def prepare(
         contexts=[context for context, _ in samples],
         part_starts=tuple(part_starts),
     )
+
+
+@dataclass(frozen=True)
+class _Seen:
+    """What the run of one context leaves: its samples that the full cache can answer, the tokens that their prompts
+    have beyond the context, their log-probabilities; the kinds of those it cannot; each layer as of `_remember`."""
+
+    samples: list[Sample]
+    own_tokens: list[int]
+    logprobs: list[Tensor]
+    unanswerable: list[str]
+    layers: list[tuple[dict[str, Tensor], dict[Scoring, list[Observation]]]]
+
+
+def _see(
+    model: PreTrainedModel, shape: ModelShape, storage_dtype: str, split: Split, scorings: Sequence[Scoring],
+    parts: list[LayerParts] | None, index: int,
+) -> _Seen:  # fmt: skip
+    """Of one of the split's contexts."""
+    run = ContextRun(model, shape, split.contexts[index], parts, split.regime, split.target)
+    kept, unanswerable = [], []
+    for row, sample in enumerate(run.samples):
+        expected = torch.tensor(sample.continuation, device=run.logprobs[row].device)[:, None]
+        loss = -run.logprobs[row].gather(1, expected).mean()
+        if not bool(loss.isfinite()):
+            run.check_finite(storage_dtype)
+            raise NumericsError(f"the model's output must be finite, but its loss on a {sample.kind} sample is NaN")
+        if sample.needle is not None and split.target == "gold" and float(loss) > ANSWERABLE_NATS:
+            unanswerable.append(sample.kind)
+        else:
+            kept.append(row)
+    remember = partial(_remember, run, kept, storage_dtype, scorings)
+    return _Seen(
+        [run.samples[row] for row in kept],
+        [run.num_prompt_tokens(row) - len(run.context.tokens) for row in kept],
+        [run.logprobs[row] for row in kept],
+        unanswerable,
+        side_by_side(remember, range(shape.num_layers), runs_on(model)),
+    )
+
+
+def _each(
+    see: Callable[[int], _Seen], order: Sequence[int], shape: ModelShape, split: Split, device: torch.device
+) -> Iterator[_Seen]:
+    """`see` of each context. On a CPU as many at once, a thread each, as torch uses threads, if that takes no more than
+    a quarter of the memory that is free; else one by one, which leaves threads waiting for each other."""
+    num_threads = torch.get_num_threads() if device.type == "cpu" else 1
+    longest = max(len(context.tokens) for context in split.contexts)
+    heads = shape.num_query_heads + 2 * shape.num_kv_heads
+    held_bytes = 2 * FLOAT32_BYTES * shape.num_layers * heads * shape.head_size * longest  # by a run, and as much again
+    if num_threads * held_bytes > free_bytes(device) // 4:
+        num_threads = 1
+    for start in range(0, len(order), num_threads):
+        group = order[start : start + num_threads]
+        yield from map(see, group) if num_threads == 1 else side_by_side(see, group, device)
 
 
 def _remember(

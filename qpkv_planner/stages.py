@@ -1,9 +1,9 @@
 """From one budget to its plan: uniform grid, elimination, knapsack, Optuna, validation.
 
 Every stage works on the search split and hands the next one its allocation. The stages' results meet on the validation
-split, stretched to its length where the search looked at shorter contexts. The lowest mean of cross-entropy and KL
-ships, with the paired interval of its cross-entropy against the best uniform setting. What each stage predicted and
-measured goes into the plan's `calibration.search`.
+split, stretched to its length where the search looked at shorter contexts, and `_winner` says which one ships. The plan
+has the paired interval of its cross-entropy against the best uniform setting, and what each stage predicted and
+measured in `calibration.search`.
 """
 
 from __future__ import annotations
@@ -18,11 +18,12 @@ from qpkv_planner.allocation import Allocation, Space, format_named
 from qpkv_planner.elimination import eliminate, larger, roomy
 from qpkv_planner.grid import Setting, with_format
 from qpkv_planner.knapsack import Round, additivity, improve
-from qpkv_planner.measurement import Evaluator, Losses, OutOfTime, interval
+from qpkv_planner.measurement import Change, Evaluator, Losses, OutOfTime, interval
 from qpkv_planner.session import LastFound, Session, scorings_of, versions
 from qpkv_runtime.errors import InputError
 from qpkv_runtime.plan import Calibration, Comparison, Plan
 
+COMES_LAST = ("mean of trials", "search", "knapsack")  # of the search, latest first
 LEAST_SHARE = 4  # no layer goes below this part of the uniform setting's tokens: few contexts overfit
 
 
@@ -197,7 +198,7 @@ class Search:
         for candidate, losses in finals:
             self._say(f"  {candidate.stage}", losses)
         full, uniform = evaluator.full(), finals[0][1]
-        winner, losses = min(finals, key=lambda final: _under_both(final[1]))
+        winner, losses = _winner(finals)
         self.record["finalists"] = [{"stage": c.stage, **_means(loss)} for c, loss in finals]
         search_evaluator = session.evaluator("search", self.scorings)
         self.record["search_evaluations"] = search_evaluator.spent - self.spent_before
@@ -335,10 +336,30 @@ def _mean_of_logs(tokens: Sequence[int]) -> float:
     return math.exp(sum(map(math.log, tokens)) / len(tokens))
 
 
-def _under_both(losses: Losses) -> float:
+def _winner(finals: Sequence[tuple[Candidate, Losses]]) -> tuple[Candidate, Losses]:
+    """What the search came to last, unless others are better by more than a standard error of the paired difference, or
+    a uniform setting, the first of `finals` among them, is better at all; then the best of those.
+
+    Of many finalists on few contexts the very best is likely the luckiest (the one-standard-error rule of Breiman et
+    al., 1984); a plan that is measured to be worse than what takes no search does not ship."""
+    by_stage = {candidate.stage: (candidate, losses) for candidate, losses in finals}
+    last = next((by_stage[stage] for stage in COMES_LAST if stage in by_stage), None)
+    if last is None:
+        return min(finals, key=lambda final: _under_both(final[1]).mean)
+    uniform = {"uniform", finals[0][0].stage}
+    better = [(0.0, last)]
+    for candidate, losses in finals:
+        change = _under_both(losses, minus=last[1])
+        if change.cautious(0 if candidate.stage in uniform else 1) < 0:
+            better.append((change.mean, (candidate, losses)))
+    return min(better, key=lambda one: one[0])[1]
+
+
+def _under_both(losses: Losses, minus: Losses | None = None) -> Change:
     """The loss, up to a constant, where the gold continuation and the full cache's own are as likely: cross-entropy is
-    that under the one, KL that under the other."""
-    return (losses.mean("ce") + losses.mean("kl")) / 2
+    that under the one, KL that under the other. minus: less that of others on the same samples."""
+    of_samples = (losses.ce + losses.kl) / 2
+    return Change.of(of_samples if minus is None else of_samples - (minus.ce + minus.kl) / 2, losses.kinds)
 
 
 def _means(losses: Losses) -> dict[str, float]:

@@ -25,6 +25,7 @@ from qpkv_planner.measurement import Change, Evaluator, Losses, interval
 from qpkv_planner.one_row import Attended
 from qpkv_planner.prefill import ANSWERABLE_NATS, ContextRun, prepare
 from qpkv_planner.session import describe
+from qpkv_planner.stages import Candidate, _winner
 from qpkv_planner.texts import SPLITS, references, speeches
 from qpkv_runtime.cache import PlannedCache, layer_parts
 from qpkv_runtime.compression import Scoring
@@ -433,13 +434,35 @@ def test_the_plan_fits_is_calibrated_and_round_trips(planned):
     for loss in (measured.cross_entropy, measured.kl):
         for one in (loss.full, loss.plan, loss.best_uniform):
             assert one.low <= one.mean <= one.high
-    finalists = [final["kl"] + final["cross_entropy"] for final in measured.search["finalists"]]
+    finalists = {final["stage"]: final["kl"] + final["cross_entropy"] for final in measured.search["finalists"]}
     shipped = measured.kl.plan.mean + measured.cross_entropy.plan.mean
-    assert shipped == pytest.approx(min(finalists), abs=1e-5)
+    assert shipped == pytest.approx(finalists[measured.winner], abs=1e-5)
     assert shipped <= measured.kl.best_uniform.mean + measured.cross_entropy.best_uniform.mean
     assert {row["setting"] for row in measured.search["grid"]} >= {measured.best_uniform}
     limit = budget.limit_bytes
     assert all(row["bytes"] <= limit for row in measured.search["grid"])
+
+
+@pytest.mark.parametrize(
+    ("losses", "winner"),
+    [
+        # a sample each of four contexts; the last is of a search that was stopped early
+        ({"a setting": [9, 9, 9, 9], "knapsack": [1, 2, 3, 4], "search": [2, 3, 4, 5]}, "knapsack"),  # better
+        ({"a setting": [9, 9, 9, 9], "knapsack": [5, 1, 1, 5], "search": [2, 3, 4, 5]}, "search"),  # or luckier
+        ({"a setting": [5, 1, 1, 5], "knapsack": [9, 9, 9, 9], "search": [2, 3, 4, 5]}, "a setting"),
+        ({"a setting": [2, 3, 4, 5], "knapsack": [9, 9, 9, 9], "search": [2, 3, 4, 5]}, "search"),
+        ({"a setting": [9, 9, 9, 9], "half knapsack": [1, 1, 1, 1], "knapsack": [2, 2, 2, 2]}, "half knapsack"),
+        ({"a setting": [9, 9, 9, 9], "mean of trials": [2, 2, 2, 3], "search": [1, 4, 1, 2]}, "mean of trials"),
+        ({"a setting": [5, 1, 1, 5], "elimination": [5, 1, 1, 4], "uniform": [9, 9, 9, 9]}, "elimination"),
+    ],
+)  # fmt: skip
+def test_the_search_ships_unless_others_are_better_by_more_than_chance(space, losses, winner):
+    def final(stage, values):
+        values = np.array(values, dtype=float)
+        measured = Losses(values, values, values > 0, ("text",) * len(values), tuple(range(len(values))))
+        return Candidate(stage, space, ()), measured
+
+    assert _winner([final(*one) for one in losses.items()])[0].stage == winner
 
 
 def test_no_layer_of_the_plan_can_take_one_more_quantum(planned):
