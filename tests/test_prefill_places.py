@@ -2,18 +2,21 @@
 
 from __future__ import annotations
 
+import threading
+
 import pytest
 import torch
 from small_search import FEW, SMALLEST
 
-from qpkv_planner import calibration_cache, options, planner
+from qpkv_planner import calibration_cache, options, planner, prefill
 from qpkv_planner.allocation import Space, uniform
 from qpkv_planner.calibration import BUILT_IN, make_splits
 from qpkv_planner.calibration_cache import choose_places, load_or_prepare
 from qpkv_planner.measurement import Evaluator
 from qpkv_planner.session import describe
 from qpkv_runtime.compression import Scoring
-from qpkv_runtime.models import load_model
+from qpkv_runtime.models import load_model, model_shape
+from qpkv_runtime.models.aliases import KNOWN_MODELS
 from qpkv_runtime.plan import Decode, Scorer
 
 SNAPKV = Scorer(name="snapkv")
@@ -48,6 +51,50 @@ def test_losses_do_not_depend_on_where_prefills_live(tiny, tmp_path):
     assert losses("disk") == losses("host") == expected
     assert losses("disk", tmp_path) == losses("disk", tmp_path) == losses("device", tmp_path) == expected
     assert sorted(path.suffixes for path in tmp_path.iterdir()) == [[".kv", ".safetensors"], [".safetensors"]]
+
+
+@pytest.fixture
+def two_threads():
+    before = torch.get_num_threads()
+    torch.set_num_threads(2)
+    yield
+    torch.set_num_threads(before)
+
+
+def test_contexts_side_by_side_give_what_they_give_one_by_one(tiny, monkeypatch, two_threads):
+    model, tokenizer = tiny
+    split = make_splits(tokenizer, {"search": 3}, 320, 0, BUILT_IN)["search"]
+    scorings = [Scoring.of(SNAPKV, 4, 4)]
+    see, threads = prefill._see, []
+
+    def watched(*arguments):
+        threads.append(threading.current_thread())
+        return see(*arguments)
+
+    def prepared(free):
+        monkeypatch.setattr(prefill, "free_bytes", lambda device: free)
+        threads.clear()
+        done = prefill.prepare(model, model_shape(model), "float16", split, scorings, 2, lambda: None)
+        return done, set(threads)
+
+    monkeypatch.setattr(prefill, "_see", watched)
+    together, workers = prepared(2**40)
+    alone, main = prepared(0)
+    assert main == {threading.main_thread()} and threading.main_thread() not in workers
+    for name in ("prompt_tokens", "inputs", "targets", "kinds", "contexts", "part_starts", "num_unanswerable"):
+        assert getattr(together, name) == getattr(alone, name)
+    assert torch.equal(together.token_rows, alone.token_rows)
+    torch.testing.assert_close(together.full_logprobs, alone.full_logprobs, atol=1e-4, rtol=1e-4)
+    for one, other in zip(together.layers, alone.layers, strict=True):
+        torch.testing.assert_close(one.keys[: one.keys.shape[0] // 2], other.keys[: other.keys.shape[0] // 2])
+
+
+def test_a_model_of_few_heads_gets_fewer_search_contexts():
+    effort = {name: options.Options().effort(KNOWN_MODELS[name].shape) for name in ("tiny", "smollm2", "llama-3-8b")}
+    assert [one.search_contexts for one in effort.values()] == [12, 24, 24]
+    assert {one.validation_contexts for one in effort.values()} == {24}
+    quick = options.Options(quick=True).effort(KNOWN_MODELS["smollm2"].shape)
+    assert quick.search_contexts == options.QUICK.search_contexts
 
 
 def test_prefills_go_where_they_fit(monkeypatch):
