@@ -41,7 +41,6 @@ paper-plans: install  ## the papers' recommended settings for their models, by a
 	done; done; done
 
 SEARCH = $(BIN)/python -m qpkv_planner --calibration-cache runs/plans
-AT_2048 = --model smollm2 --context-length 2048
 
 plans: install  ## the checked-in plans of smollm2 and tiny, searched anew (three to four hours; a study resumes what is killed)
 	mkdir -p runs/plans
@@ -49,8 +48,8 @@ plans: install  ## the checked-in plans of smollm2 and tiny, searched anew (thre
 	$(SEARCH) --model smollm2 --context-length 1024 --budget 1/16 --output plans/smollm2__1-16.yaml
 	$(SEARCH) --model smollm2 --context-length 1024 --budget 1/8 --quick --output plans/smollm2__1-8.yaml
 	$(SEARCH) --model smollm2 --context-length 1024 --budget 1/4 --quick --output plans/smollm2__1-4.yaml
-	$(SEARCH) $(AT_2048) --budget 1/64,1/128 --study runs/plans/study-2048 --resume --out-dir plans/2048
-	for n in 8 16 32; do $(SEARCH) $(AT_2048) --budget 1/$$n --output plans/2048/smollm2__1-$$n.yaml || exit 1; done
+	$(SEARCH) --model smollm2 --context-length 2048 --budget 1/64,1/128 --study runs/plans/study-2048 --resume --out-dir plans/2048
+	for n in 8 16 32; do $(SEARCH) --model smollm2 --context-length 2048 --budget 1/$$n --output plans/2048/smollm2__1-$$n.yaml || exit 1; done
 	$(SEARCH) --model tiny --context-length 512 --budget 1/4,1/8,1/16,1/32,1/64,1/128 --quick --out-dir plans
 	rm -f plans/frontier.json plans/2048/frontier.json
 

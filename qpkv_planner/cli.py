@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, Any
 from qpkv_planner.allocation import HEADS
 from qpkv_planner.fit import Fit, fit, memory_bytes, weights_bytes
 from qpkv_planner.grid import PAPER_WINDOW
-from qpkv_planner.mix import LONG, LONG_TOKENS, SHORT, parse_mix
+from qpkv_planner.mix import LONG_MIX, LONG_TOKENS, SHORT_MIX, parse_mix
 from qpkv_runtime.budget import limit_bytes
 from qpkv_runtime.cli import CommandParser
 from qpkv_runtime.errors import EXIT_INTERRUPTED, InputError, run_command
@@ -141,7 +141,8 @@ def parser() -> CommandParser:
     out.add_argument(
         "--calibration-mix",
         metavar="KIND=N,...",
-        help=f"facts per context and shares of documents (default {SHORT}; from {LONG_TOKENS} tokens on {LONG})",
+        help="facts per context and shares of documents "
+        f"(default {SHORT_MIX}; from {LONG_TOKENS} tokens on {LONG_MIX})",
     )
     out.add_argument(
         "--regime",

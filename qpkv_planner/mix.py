@@ -9,16 +9,16 @@ Mix = tuple[tuple[str, int], ...]
 
 FACT_KINDS = ("number", "word", "place", "line", "chain")
 DOCUMENTS = ("prose", "reference", "code")
-SHORT = "number=2,word=1,place=1,line=1,chain=1,prose=5,reference=2,code=1"
+SHORT_MIX = "number=2,word=1,place=1,line=1,chain=1,prose=5,reference=2,code=1"
 # A small model's full cache cannot answer half of the words and chains of a long context: two of each, or a handful of
 # samples makes up most of the loss (LOG.md).
-LONG = "number=1,word=2,place=1,line=1,chain=2,prose=5,reference=2,code=1"
+LONG_MIX = "number=1,word=2,place=1,line=1,chain=2,prose=5,reference=2,code=1"
 LONG_TOKENS = 2048
 
 
 def default_mix(context_tokens: int) -> Mix:
     """For contexts of this length."""
-    return parse_mix(LONG if context_tokens >= LONG_TOKENS else SHORT)
+    return parse_mix(LONG_MIX if context_tokens >= LONG_TOKENS else SHORT_MIX)
 
 
 def parse_mix(text: str) -> Mix:

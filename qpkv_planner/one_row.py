@@ -60,7 +60,7 @@ class _OneRow(CacheLayerMixin):
     def padded(self, x: Tensor) -> Tensor:
         """[1, H, inputs, D] -> [B, H, longest, D]."""
         out = x.new_zeros(self.size[0] * self.size[1], x.shape[1], x.shape[3])
-        out = out.index_copy(0, self.slots, x[0].transpose(0, 1))
+        out.index_copy_(0, self.slots, x[0].transpose(0, 1))
         batch: Tensor = out.unflatten(0, self.size).transpose(1, 2)
         return batch
 

@@ -342,16 +342,16 @@ def _winner(finals: Sequence[tuple[Candidate, Losses]]) -> tuple[Candidate, Loss
 
     Of many finalists on few contexts the very best is likely the luckiest (the one-standard-error rule of Breiman et
     al., 1984); a plan that is measured to be worse than what takes no search does not ship."""
-    by_stage = {candidate.stage: (candidate, losses) for candidate, losses in finals}
+    by_stage = {final[0].stage: final for final in finals}
     last = next((by_stage[stage] for stage in COMES_LAST if stage in by_stage), None)
     if last is None:
         return min(finals, key=lambda final: _under_both(final[1]).mean)
     uniform = {"uniform", finals[0][0].stage}
     better = [(0.0, last)]
-    for candidate, losses in finals:
-        change = _under_both(losses, minus=last[1])
-        if change.cautious(0 if candidate.stage in uniform else 1) < 0:
-            better.append((change.mean, (candidate, losses)))
+    for stage, final in by_stage.items():
+        change = _under_both(final[1], minus=last[1])
+        if change.cautious(0 if stage in uniform else 1) < 0:
+            better.append((change.mean, final))
     return min(better, key=lambda one: one[0])[1]
 
 

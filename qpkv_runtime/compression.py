@@ -273,10 +273,10 @@ def tokens_at(x: Tensor, rows: Tensor) -> Tensor:
     width = x.shape[-1]
     if x.stride(-1) != 1 or any(stride % width for stride in x.stride()[:-1]):
         x = x.contiguous()
-    steps = [stride // width for stride in x.stride()[:-1]]
-    num_lines = 1 + sum(step * (size - 1) for step, size in zip(steps, x.shape, strict=False))
-    first = [step * torch.arange(size, device=x.device) for step, size in zip(steps, x.shape[:2], strict=False)]
-    lines = first[0][:, None, None] + first[1][:, None] + rows * steps[2]
+    batch, heads = (torch.arange(size, device=x.device) for size in x.shape[:2])
+    steps = [stride // width for stride in x.stride()[:-1]]  # in lines of the memory, from one to the next
+    lines = batch[:, None, None] * steps[0] + heads[:, None] * steps[1] + rows * steps[2]
+    num_lines = 1 + sum(step * (size - 1) for step, size in zip(steps, x.shape[:-1], strict=True))
     return x.as_strided((num_lines, width), (width, 1)).index_select(0, lines.flatten()).view(*rows.shape, width)
 
 

@@ -25,6 +25,16 @@ from qpkv_runtime.plan import Decode, Heads, Model, Plan, Scorer
 
 torch.set_num_threads(1)  # small models: a second thread costs more in waiting than it brings
 
+
+@pytest.fixture
+def two_threads():
+    """torch's, for a test of what a search then does side by side."""
+    before = torch.get_num_threads()
+    torch.set_num_threads(2)
+    yield
+    torch.set_num_threads(before)
+
+
 BASE = {
     "vocab_size": 128,
     "hidden_size": 64,

@@ -53,14 +53,6 @@ def test_losses_do_not_depend_on_where_prefills_live(tiny, tmp_path):
     assert sorted(path.suffixes for path in tmp_path.iterdir()) == [[".kv", ".safetensors"], [".safetensors"]]
 
 
-@pytest.fixture
-def two_threads():
-    before = torch.get_num_threads()
-    torch.set_num_threads(2)
-    yield
-    torch.set_num_threads(before)
-
-
 def test_contexts_side_by_side_give_what_they_give_one_by_one(tiny, monkeypatch, two_threads):
     model, tokenizer = tiny
     split = make_splits(tokenizer, {"search": 3}, 320, 0, BUILT_IN)["search"]

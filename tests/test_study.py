@@ -19,7 +19,7 @@ from qpkv_planner.allocation import Space
 from qpkv_planner.calibration import Data, make_splits
 from qpkv_planner.grid import make_grid
 from qpkv_planner.journal import Journal
-from qpkv_planner.mix import FACT_KINDS, LONG, LONG_TOKENS, SHORT, parse_mix
+from qpkv_planner.mix import FACT_KINDS, LONG_MIX, LONG_TOKENS, SHORT_MIX, parse_mix
 from qpkv_runtime.errors import BudgetError, InputError
 from qpkv_runtime.models import load_model, load_tokenizer
 from qpkv_runtime.plan import UNIFORM, load_plan, parse_plan
@@ -248,7 +248,7 @@ def test_the_mix_says_what_a_context_holds():
             parse_mix(bad)
 
 
-@pytest.mark.parametrize(("tokens", "mix"), [(LONG_TOKENS - 1, SHORT), (LONG_TOKENS, LONG)])
+@pytest.mark.parametrize(("tokens", "mix"), [(LONG_TOKENS - 1, SHORT_MIX), (LONG_TOKENS, LONG_MIX)])
 def test_the_default_mix_is_that_of_the_length(tokens, mix):
     kinds = [kind for kind, count in parse_mix(mix) for _ in range(count) if kind in FACT_KINDS]
     # a search on shorter contexts asks what the plan's own length is asked

@@ -44,15 +44,11 @@ def searched():
 
 
 @pytest.fixture
-def two_threads(monkeypatch):
+def two_workers(monkeypatch, two_threads):
     monkeypatch.setattr(measurement, "LEAST_SHARE", 1)
-    before = torch.get_num_threads()
-    torch.set_num_threads(2)
-    yield
-    torch.set_num_threads(before)
 
 
-def test_divided_samples_give_the_losses_and_gradients_of_one_process(searched, two_threads):
+def test_divided_samples_give_the_losses_and_gradients_of_one_process(searched, two_workers):
     model, space, prepared = searched
     evaluator, allocation = Evaluator(model, prepared), uniform(space, "rotated-k3v3")
     wished = [alternatives(space, i, one, tokens_and_bits(one, "rotated", 2.0), 8) for i, one in enumerate(allocation)]
@@ -72,7 +68,7 @@ def test_divided_samples_give_the_losses_and_gradients_of_one_process(searched, 
         np.testing.assert_allclose(one, other, rtol=1e-3, atol=1e-5)  # products of fewer rows round otherwise
 
 
-def test_what_a_worker_raises_is_raised(searched, two_threads):
+def test_what_a_worker_raises_is_raised(searched, two_workers):
     model, space, prepared = searched
     evaluator, allocation = Evaluator(model, prepared), uniform(space, "rotated-k3v3")
     weight = model.lm_head.weight
@@ -87,7 +83,7 @@ def test_what_a_worker_raises_is_raised(searched, two_threads):
             weight.copy_(kept)
 
 
-def test_workers_end_with_their_evaluator(searched, two_threads):
+def test_workers_end_with_their_evaluator(searched, two_workers):
     model, space, prepared = searched
     evaluator = Evaluator(model, prepared)
     evaluator.evaluate(space, uniform(space, "rotated-k3v3"))
