@@ -6,9 +6,11 @@
 
 Writes a row per setting and budget to benchmarks/results/<name>.csv, with hardware and commit, and prints the table.
 The samples are the validation split's, which uniform settings have not seen, or the test split's, which no search has
-seen. Beside each plan stand the uniform setting that its search found best, the papers' recommendation (4x the tokens
-at 4 bit) with SnapKV and PyramidKV, and the share of the gap between that best uniform setting and the full cache that
-the plan closes, with a 95 % bootstrap over contexts; the last row has it for all plans together.
+seen. Beside each plan stand the uniform setting that its search found best and the papers' recommendation (4x the
+tokens at 4 bit) with SnapKV and PyramidKV. A plan's row has how much less cross-entropy than that best uniform setting
+(ce_less) and how many more exact answers (exact_more) it has, paired, and the share of the gap between that setting and
+the full cache that it closes in either (ce_closed, exact_closed); the last row has the shares for all plans together.
+Intervals are 95 % bootstraps over contexts.
 """
 
 from __future__ import annotations
@@ -33,9 +35,10 @@ from qpkv_planner.session import describe
 from qpkv_runtime.compression import Scoring
 from qpkv_runtime.models import load_model
 from qpkv_runtime.overview import table
-from qpkv_runtime.plan import Decode, load_plan
+from qpkv_runtime.plan import Decode, Interval, load_plan
 
 KINDS = ("number", "word", "place", "line", "chain", "text")
+COMPARISONS = ("ce_less", "ce_closed", "exact_more", "exact_closed")
 PAPER = ("snapkv uniform kivi-k4v4 window 16", "snapkv pyramidkv kivi-k4v4 window 16")
 
 
@@ -109,11 +112,12 @@ def main() -> int:
     }
     for row in rows:
         if row["setting"] == "plan":
-            row["closed"] = _closed([pairs[row["budget"]]], full)
+            own, uniform = pairs[row["budget"]]
+            row["ce_less"] = _text(interval(uniform, "ce", minus=own))
+            row["exact_more"] = _text(interval(own, "exact", minus=uniform))
+            row |= _closed([(own, uniform)], full)
     if len(pairs) > 1:
-        rows.append(
-            {**dict.fromkeys(rows[0], ""), "setting": "all plans", "closed": _closed(list(pairs.values()), full)}
-        )
+        rows.append({**dict.fromkeys(rows[0], ""), "setting": "all plans", **_closed(list(pairs.values()), full)})
     about = {
         "model": arguments.model,
         "split": arguments.split,
@@ -133,7 +137,7 @@ def main() -> int:
         "cross_entropy",
         "kl",
         "exact",
-        "closed",
+        *COMPARISONS,
         *(f"ce_{kind}" for kind in KINDS),
     ]
     print("\n".join(table([shown, *([str(row[key]) for key in shown] for row in rows)], left={0, 1})))
@@ -154,34 +158,49 @@ def _row(budget: str, name: str, tokens: str, num_bytes: int, losses: Losses, fu
         "over_full_high": f"{gap.high:.4f}",
         "kl": f"{losses.mean('kl'):.4f}",
         "exact": f"{losses.mean('exact'):.3f}",
-        "closed": "",
+        **dict.fromkeys(COMPARISONS, ""),
         **{f"ce_{kind}": f"{kinds[kind]['cross_entropy']:.3f}" if kind in kinds else "" for kind in KINDS},
         **{f"kl_{kind}": f"{kinds[kind]['kl']:.3f}" if kind in kinds else "" for kind in KINDS},
         **{f"exact_{kind}": f"{kinds[kind]['exact']:.2f}" if kind in kinds else "" for kind in KINDS[:-1]},
     }
 
 
-def _closed(pairs: list[tuple[Losses, Losses]], full: Losses) -> str:
-    """sum(best uniform - plan) / sum(best uniform - full) of cross-entropy over (plan, best uniform) pairs, with its
-    interval over contexts."""
-    contexts, kinds = np.array(full.contexts), np.array(full.kinds)
-    names = sorted(set(full.kinds))
+def _closed(pairs: list[tuple[Losses, Losses]], full: Losses) -> dict[str, str]:
+    """sum(best uniform - plan) / sum(best uniform - full) over (plan, best uniform) pairs, with its interval over
+    contexts: of cross-entropy, and of exact answers. Empty where there is no gap."""
+    return {f"{measure}_closed": _share_closed(pairs, full, measure) for measure in ("ce", "exact")}
 
-    def share(weights: NDArray[np.float64]) -> float:
-        def mean(losses: Losses) -> float:
-            of_kinds = [(losses.ce * weights)[kinds == kind].sum() / weights[kinds == kind].sum() for kind in names]
-            return float(np.mean(of_kinds))
 
-        gap = sum(mean(uniform) - mean(full) for _, uniform in pairs)
-        return sum(mean(uniform) - mean(plan) for plan, uniform in pairs) / gap
+def _share_closed(pairs: list[tuple[Losses, Losses]], full: Losses, measure: str) -> str:
+    counted = full.counted(measure)
+    contexts, kinds = np.array(counted.contexts), np.array(counted.kinds)
+    of_kinds = [kinds == kind for kind in sorted(set(counted.kinds))]
 
+    def gains(weights: NDArray[np.float64]) -> tuple[float, float]:
+        """What the plans gain on the uniform settings, and what the full cache does."""
+
+        def good(losses: Losses) -> float:
+            values = getattr(losses.counted(measure), measure) * weights
+            mean = float(np.mean([values[own].sum() / weights[own].sum() for own in of_kinds]))
+            return mean if measure == "exact" else -mean
+
+        uniforms = [good(uniform) for _, uniform in pairs]
+        return sum(good(plan) for plan, _ in pairs) - sum(uniforms), len(pairs) * good(full) - sum(uniforms)
+
+    plans, gap = gains(np.ones(len(contexts)))
+    if gap <= 0:
+        return ""
     chance, known = np.random.default_rng(0), np.unique(contexts)
     drawn = [np.bincount(chance.integers(0, len(known), len(known)), minlength=len(known)) for _ in range(1000)]
     place = np.searchsorted(known, contexts)
-    with np.errstate(invalid="ignore"):  # a draw without a sample of some kind is left out
-        shares = [share(counts[place].astype(np.float64)) for counts in drawn]
-    low, high = np.nanpercentile(shares, [2.5, 97.5])
-    return f"{share(np.ones(len(contexts))):.3f} ({low:.3f} to {high:.3f})"
+    with np.errstate(invalid="ignore", divide="ignore"):  # left out: a draw without a sample of some kind, or a gap
+        shares = np.array([np.divide(*gains(counts[place].astype(np.float64))) for counts in drawn])
+    low, high = np.percentile(shares[np.isfinite(shares)], [2.5, 97.5])
+    return _text(Interval(mean=plans / gap, low=float(low), high=float(high)))
+
+
+def _text(value: Interval) -> str:
+    return f"{value.mean:.3f} ({value.low:.3f} to {value.high:.3f})"
 
 
 if __name__ == "__main__":

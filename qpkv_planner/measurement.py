@@ -69,15 +69,22 @@ class Losses:
     def of_contexts(self, contexts: Iterable[int]) -> Losses:
         """Those of the samples that belong to these contexts."""
         wanted = set(contexts)
-        rows = [row for row, context in enumerate(self.contexts) if context in wanted]
-        kinds, own = tuple(self.kinds[row] for row in rows), tuple(self.contexts[row] for row in rows)
-        return Losses(self.ce[rows], self.kl[rows], self.exact[rows], kinds, own)
+        return self._of([row for row, context in enumerate(self.contexts) if context in wanted])
+
+    def counted(self, measure: str) -> Losses:
+        """Those of the samples that `measure` is about: texts have no exact answer."""
+        return self._of([row for row, kind in enumerate(self.kinds) if measure != "exact" or kind != "text"])
+
+    def _of(self, rows: list[int]) -> Losses:
+        kinds, contexts = tuple(self.kinds[row] for row in rows), tuple(self.contexts[row] for row in rows)
+        return Losses(self.ce[rows], self.kl[rows], self.exact[rows], kinds, contexts)
 
     def mean(self, measure: str) -> float:
-        """The loss `ce` or `kl`, or the share of `exact` answers (texts apart): mean over kinds of means."""
-        kinds = np.array(self.kinds)
-        values = np.asarray(getattr(self, measure), dtype=np.float64)
-        names = [kind for kind in sorted(set(self.kinds)) if measure != "exact" or kind != "text"]
+        """The loss `ce` or `kl`, or the share of `exact` answers: mean over kinds of means."""
+        counted = self.counted(measure)
+        kinds = np.array(counted.kinds)
+        values = np.asarray(getattr(counted, measure), dtype=np.float64)
+        names = sorted(set(counted.kinds))
         return float(np.mean([values[kinds == kind].mean() for kind in names])) if names else float("nan")
 
     def tail(self, measure: str) -> float:
@@ -115,7 +122,9 @@ class Change(NamedTuple):
 
 
 def interval(losses: Losses, measure: str, minus: Losses | None = None, seed: int = 0) -> Interval:
-    """The loss, or its paired difference to `minus` on the same samples, with a 95 % bootstrap over contexts."""
+    """`Losses.mean` of a measure, or of its paired difference to `minus` on the same samples: a 95 % bootstrap over
+    contexts."""
+    losses, minus = losses.counted(measure), minus and minus.counted(measure)
     values = np.asarray(getattr(losses, measure), dtype=np.float64)
     if minus is not None:
         values = values - np.asarray(getattr(minus, measure), dtype=np.float64)

@@ -355,6 +355,15 @@ def test_intervals_are_over_contexts_and_paired():
     assert alone.mean == pytest.approx(one.mean("ce"), abs=1e-6)
 
 
+def test_texts_have_no_exact_answer():
+    kinds, contexts = ("line", "text") * 20, tuple(i // 4 for i in range(40))
+    hits, misses = np.arange(40) % 2 == 0, np.zeros(40, dtype=bool)
+    one, other = (Losses(np.ones(40), np.ones(40), exact, kinds, contexts) for exact in (hits, misses))
+    assert one.mean("exact") == 1.0
+    gain = interval(one, "exact", minus=other)
+    assert (gain.low, gain.mean, gain.high) == (1.0, 1.0, 1.0)
+
+
 # --- search ---
 
 
