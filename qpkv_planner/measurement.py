@@ -71,9 +71,14 @@ class Losses:
         wanted = set(contexts)
         return self._of([row for row, context in enumerate(self.contexts) if context in wanted])
 
+    def of_kinds(self, kinds: Iterable[str]) -> Losses:
+        """Those of the samples that are of these kinds."""
+        wanted = set(kinds)
+        return self._of([row for row, kind in enumerate(self.kinds) if kind in wanted])
+
     def counted(self, measure: str) -> Losses:
         """Those of the samples that `measure` is about: texts have no exact answer."""
-        return self._of([row for row, kind in enumerate(self.kinds) if measure != "exact" or kind != "text"])
+        return self.of_kinds(set(self.kinds) - {"text"}) if measure == "exact" else self
 
     def _of(self, rows: list[int]) -> Losses:
         kinds, contexts = tuple(self.kinds[row] for row in rows), tuple(self.contexts[row] for row in rows)
