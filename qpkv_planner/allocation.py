@@ -124,6 +124,13 @@ class Space:
             own[0] if len(set(own)) == 1 else own,
         )  # fmt: skip
 
+    def at_length(self, tokens: int) -> Space:
+        """The space whose plans take the same share of a context of `tokens` tokens."""
+        if tokens == self.context_tokens:
+            return self
+        num_bytes = full_bytes(self.shape, tokens) * self.limit_bytes // self.full_bytes
+        return replace(self, requested=f"{num_bytes}B", context_tokens=tokens)
+
     def heads_of(self, layer: int) -> Heads:
         """How the layer's heads share its tokens."""
         return self.heads if isinstance(self.heads, Heads) else self.heads[layer]

@@ -252,9 +252,8 @@ class Frame:
     def of(cls, tokenizer: PreTrainedTokenizerBase) -> Frame:
         """The model's chat template around "read, then answer"; plain text for a model without one."""
         if tokenizer.chat_template is None:
-            first = tokenizer("a").input_ids[0]
             task = "Read the text below and remember every number and word that is mentioned."
-            return cls(task, "\nQuestion: ", "\nAnswer: ", first == tokenizer.bos_token_id)
+            return cls(task, "\nQuestion: ", "\nAnswer: ", _starts_with_bos(tokenizer))
         message = {"role": "user", "content": "Read the text and remember it.\n\n{document}\n\n{question}"}
         rendered = str(tokenizer.apply_chat_template([message], tokenize=False, add_generation_prompt=True))
         head, _, rest = rendered.partition("{document}")
@@ -263,6 +262,11 @@ class Frame:
 
     def question(self, fact: Fact, names: dict[str, str]) -> str:
         return f"{self.before_question}{fact.question.format(**names)}{self.after_question}{fact.lead.format(**names)}"
+
+
+def _starts_with_bos(tokenizer: PreTrainedTokenizerBase) -> bool:
+    """Whether the tokenizer puts its first token before a text."""
+    return bool(tokenizer("a").input_ids[0] == tokenizer.bos_token_id)
 
 
 def make_splits(
@@ -403,7 +407,7 @@ def _user_splits(
 def _from_lines(tokenizer: PreTrainedTokenizerBase, file: Path, text: str, context_tokens: int) -> list[Context]:
     samples: dict[str, list[Sample]] = {}
     tokens: dict[str, list[int]] = {}
-    for number, line in enumerate(text.splitlines(), 1):
+    for number, line in enumerate(text.split("\n"), 1):
         if not line.strip():
             continue
         try:
@@ -420,11 +424,19 @@ def _from_lines(tokenizer: PreTrainedTokenizerBase, file: Path, text: str, conte
         if prompt not in tokens:
             tokens[prompt] = list(tokenizer(prompt).input_ids)
         answer = list(tokenizer(row["continuation"], add_special_tokens=False).input_ids)[:CONTINUATION_TOKENS]
-        count = len(tokens[prompt]) + len(answer)
-        if count > context_tokens or len(tokens[prompt]) < 2 * USER_PROMPT_TOKENS or not answer:
+        if len(tokens[prompt]) < 2 * USER_PROMPT_TOKENS:
             raise InputError(
-                f"{file}:{number} must have {2 * USER_PROMPT_TOKENS} to {context_tokens} tokens, got {count}: cut it, "
-                "or raise --calibration-length"
+                f"{file}:{number} must have a prompt of at least {2 * USER_PROMPT_TOKENS} tokens, got "
+                f"{len(tokens[prompt])}: give it more of its context, or leave it out"
+            )
+        if not answer:
+            raise InputError(
+                f"{file}:{number} must have a continuation of at least one token, got {row['continuation'][:60]!r}"
+            )
+        if (count := len(tokens[prompt]) + len(answer)) > context_tokens:
+            raise InputError(
+                f"{file}:{number} must have at most {context_tokens} tokens, got {count}: cut it, or raise "
+                "--calibration-length"
             )
         branch = tuple(tokens[prompt][-USER_PROMPT_TOKENS:])
         samples.setdefault(prompt, []).append(Sample(str(row.get("kind", "user")), branch, tuple(answer)))
@@ -433,9 +445,10 @@ def _from_lines(tokenizer: PreTrainedTokenizerBase, file: Path, text: str, conte
 
 def _from_text(tokenizer: PreTrainedTokenizerBase, text: str, context_tokens: int) -> list[Context]:
     tokens = list(tokenizer(text, add_special_tokens=False).input_ids)
-    contexts = []
-    for start in range(0, len(tokens) - context_tokens + 1, context_tokens):
-        window = tokens[start : start + context_tokens]
+    first = [tokenizer.bos_token_id] * _starts_with_bos(tokenizer)
+    contexts, size = [], context_tokens - len(first)
+    for start in range(0, len(tokens) - size + 1, size):
+        window = first + tokens[start : start + size]
         body, end = window[: -USER_PROMPT_TOKENS - CONTINUATION_TOKENS], window[-CONTINUATION_TOKENS:]
         branch = window[len(body) : -CONTINUATION_TOKENS]
         contexts.append(Context(tuple(body), (Sample("text", tuple(branch), tuple(end)),)))

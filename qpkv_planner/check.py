@@ -14,7 +14,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 from xml.etree import ElementTree
 
-from qpkv_planner.cli import write_whole
+from qpkv_planner.files import check_writable, write_whole
 from qpkv_runtime.cli import CommandParser
 from qpkv_runtime.errors import InputError, run_command
 from qpkv_runtime.models.options import add_loading_options, loading_options
@@ -66,8 +66,8 @@ def _main(argv: list[str] | None) -> int:
     args = parser().parse_args(argv)
     if not args.max_regression >= 0:
         raise InputError(f"--max-regression must be at least 0 nats, got {args.max_regression}")
-    if args.junit is not None and not args.junit.parent.is_dir():
-        raise InputError(f"--junit must be in an existing directory, got {args.junit}")
+    if args.junit is not None:
+        check_writable("--junit", args.junit)
     if args.update and (args.json or args.junit):
         raise InputError("--update writes plans and reports nothing: leave --json and --junit to a check")
     files = list(dict.fromkeys(args.plans))

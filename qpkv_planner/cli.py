@@ -4,13 +4,13 @@ from __future__ import annotations
 
 import argparse
 import json
-import os
 import re
 import sys
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from qpkv_planner.allocation import HEADS
+from qpkv_planner.files import check_writable, make_folder, write_whole
 from qpkv_planner.fit import Fit, fit, memory_bytes, weights_bytes
 from qpkv_planner.grid import PAPER_WINDOW
 from qpkv_planner.mix import LONG_MIX, LONG_TOKENS, SHORT_MIX, parse_mix
@@ -22,10 +22,12 @@ from qpkv_runtime.models.options import add_loading_options, loading_options
 if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
+    from qpkv_planner.options import Options
     from qpkv_runtime.plan import Plan
 
 
 MEASURED_TOKENS = 1024  # a prefill's peak is measured at, and grows with the tokens
+LEAST_MEASURED_TOKENS = 128
 ANY_CACHE_BYTES = 2**40  # for finding out whether a budget can be read at all
 
 DESCRIPTION = """\
@@ -118,7 +120,7 @@ def parser() -> CommandParser:
     out.add_argument(
         "--window", type=int, help="last tokens that every layer keeps (default 4; with --uniform the papers' 16)"
     )
-    out.add_argument("--trials", type=int, help="Optuna trials (default 24, with --quick 10)")
+    out.add_argument("--trials", type=int, help="Optuna trials (default 8)")
     out.add_argument("--sampler", choices=("tpe", "gp", "random"), default="tpe", help="Optuna's (default tpe)")
     out.add_argument(
         "--storage",
@@ -191,6 +193,7 @@ def main(argv: list[str] | None = None) -> int:
 def _main(argv: list[str] | None) -> int:
     arguments = parser().parse_args(argv)
     _check(arguments)
+    _options(arguments)  # raises before a model is loaded
     if arguments.dry_run:
         _put(arguments, _dry_run(arguments))
         return 0
@@ -248,8 +251,8 @@ def _check(arguments: argparse.Namespace) -> None:
         raise InputError(f"{arguments.study} holds a study already: add --resume to go on, or choose another folder")
     if arguments.calibration is not None and arguments.calibration_mix is not None:
         raise InputError("--calibration-mix is about the built-in samples: leave it away with --calibration")
-    if arguments.output is not None and not arguments.output.parent.is_dir():
-        raise InputError(f"--output must be in an existing directory, got {arguments.output}")
+    if arguments.output is not None:
+        check_writable("--output", arguments.output)
     if arguments.report is not None:
         if arguments.uniform:
             raise InputError("--report draws a search, and --uniform makes none: leave one of them away")
@@ -305,12 +308,19 @@ def _settings(arguments: argparse.Namespace) -> dict[str, Any]:
     return settings
 
 
+def _options(arguments: argparse.Namespace) -> Options:
+    from qpkv_planner.options import Options
+
+    settings = _settings(arguments)
+    return Options(**{name: settings[name] for name in settings if name in Options.__dataclass_fields__})
+
+
 def _frontier(arguments: argparse.Namespace) -> int:
     """One plan a file, named <model>__<budget>.yaml, and frontier.json: what each takes and loses."""
     from qpkv_planner import planner
 
     budgets = _budgets(arguments)
-    arguments.out_dir.mkdir(parents=True, exist_ok=True)
+    make_folder("--out-dir", arguments.out_dir)
     model, tokenizer = _load(arguments)
     points, status = [], 0
     model_name = re.sub(r"[^\w.-]+", "-", Path(arguments.model).name)
@@ -338,17 +348,18 @@ def _status(plan: Plan) -> int:
 
 def _fitted(arguments: argparse.Namespace, model: PreTrainedModel | None = None) -> Fit:
     """The division of --fit's memory, said on stderr. A loaded model's prefill is measured at up to the calibration
-    length on a CPU, and grows with the tokens."""
-    from qpkv_planner.allocation import DEFAULT_CONTEXT_TOKENS
+    length, and grows with the tokens; of very few it is computed."""
+    from qpkv_planner.options import check_lengths
     from qpkv_planner.uniform import known
 
     facts, measured = known(arguments.model), None
-    tokens = arguments.context_length or min(DEFAULT_CONTEXT_TOKENS, facts.shape.max_context_tokens)
+    lengths = check_lengths(_options(arguments), facts.shape)
+    tokens = lengths.context
     dtype = "bfloat16" if arguments.dtype == "auto" else arguments.dtype
-    if model is not None:
+    here = min(lengths.calibration, MEASURED_TOKENS)
+    if model is not None and here >= LEAST_MEASURED_TOKENS:
         from qpkv_planner.machine import measured_prefill_bytes
 
-        here = min(tokens, arguments.calibration_length or tokens, MEASURED_TOKENS)
         width = weights_bytes(1, dtype) / model.dtype.itemsize
         measured = int(measured_prefill_bytes(model, here) * tokens / here * width)
     divided = fit(facts, memory_bytes(arguments.fit, "--fit"), arguments.batch or 1, tokens, dtype, measured)
@@ -362,13 +373,11 @@ def _dry_run(arguments: argparse.Namespace) -> str:
     import yaml
 
     from qpkv_planner.dry_run import outline
-    from qpkv_planner.options import Options
     from qpkv_planner.uniform import known
     from qpkv_runtime.models.load import place_and_dtype
 
     divided = None if arguments.fit is None else _fitted(arguments)
-    settings = _settings(arguments)
-    options = Options(**{name: settings[name] for name in settings if name in Options.__dataclass_fields__})
+    options = _options(arguments)
     device, dtype = place_and_dtype(arguments.device, arguments.dtype)
     budgets = _budgets(arguments) if divided is None else [divided.budget]
     found = outline(arguments.model, known(arguments.model), budgets, options, dtype, device, divided)
@@ -394,14 +403,3 @@ def _uniform(arguments: argparse.Namespace) -> str:
         window=arguments.window or PAPER_WINDOW,
         heads=arguments.heads or "uniform",
     ).to_yaml()
-
-
-def write_whole(path: Path, content: str | bytes) -> None:
-    """Write a file whole or not at all. Raises InputError when it cannot be written."""
-    temporary = path.with_name(f".{path.name}.{os.getpid()}")
-    try:
-        temporary.write_bytes(content.encode() if isinstance(content, str) else content)
-        os.replace(temporary, path)
-    except OSError as error:
-        temporary.unlink(missing_ok=True)
-        raise InputError(f"cannot write {path}: {error.strerror}") from None

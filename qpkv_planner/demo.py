@@ -21,7 +21,7 @@ from transformers.cache_utils import Cache
 
 from qpkv_planner.allocation import Space, allocation_of
 from qpkv_planner.calibration import Context, Sample, Split, make_split
-from qpkv_planner.cli import write_whole
+from qpkv_planner.files import write_whole
 from qpkv_planner.grid import setting_named
 from qpkv_planner.measurement import Evaluator, Losses, interval
 from qpkv_planner.planner import plan as make_plan

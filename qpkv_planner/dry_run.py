@@ -9,11 +9,12 @@ import torch
 
 from qpkv_planner.allocation import Space, model_section
 from qpkv_planner.calibration_cache import choose_places
-from qpkv_planner.estimate import estimate
+from qpkv_planner.estimate import AUTO_BUDGETS, estimate
 from qpkv_planner.fit import Fit, weights_bytes
-from qpkv_planner.grid import QUICK_FORMATS, with_format
+from qpkv_planner.grid import QUICK_FORMATS
 from qpkv_planner.machine import operations_per_second
 from qpkv_planner.options import Options, check_lengths
+from qpkv_planner.session import check_holds
 from qpkv_runtime.models.aliases import KnownModel
 from qpkv_runtime.plan import Decode, Scorer
 
@@ -29,7 +30,7 @@ def outline(
     does not have.
     """
     lengths = check_lengths(options, known.shape)
-    expected = estimate(known, options, lengths, max(1, len(budgets)))
+    expected = estimate(known, options, lengths, len(budgets) or AUTO_BUDGETS)
     context_tokens = lengths.context
     number_type = str(dtype).removeprefix("torch.")
     section = model_section(name, known.shape, number_type, "bfloat16")
@@ -39,7 +40,7 @@ def outline(
             model=section, requested=budget, context_tokens=context_tokens, scorer=Scorer(name="snapkv"),
             sinks=options.sinks, window=options.window, decode=Decode(reserve_tokens=1, format=QUICK_FORMATS[0]),
         )  # fmt: skip
-        with_format(space, QUICK_FORMATS[-1], options.max_new_tokens).check_holds(QUICK_FORMATS)
+        check_holds(space, lengths, options.max_new_tokens)
         asked.append(
             {
                 "requested": budget,

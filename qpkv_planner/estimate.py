@@ -24,6 +24,7 @@ from qpkv_runtime.models.shape import ModelShape
 
 SHARE_OF_SPEED = 0.7
 STEP_SHARE = 1 / 10
+AUTO_BUDGETS = 6  # about as many does `--budget auto` try
 
 
 @dataclass(frozen=True)

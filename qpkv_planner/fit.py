@@ -1,9 +1,10 @@
 """From a device's memory to a budget: what weights and work leave for the cache of each of a batch of sequences.
 
-    memory = weights + working set + spare + batch * KV per sequence
+    memory = weights + working set + spare + caches * KV per sequence
 
-The working set is the prefill of one prompt, the largest of its moments (prompts are prefilled one at a time and then
-stacked, `PlannedCache.stacked`), and one decode step of the whole batch. It is measured where the model is loaded
+Of a batch each prompt is prefilled in a cache of its own and copied into the batch's, the next one's then in its place
+(`PlannedCache.stacked`): there is one cache more than sequences. The working set is the prefill of one prompt, the
+largest of its moments, and one decode step of the whole batch. It is measured where the model is loaded
 (`machine.py`), else computed from the model's sizes. Pure arithmetic.
 """
 
@@ -41,10 +42,14 @@ class Fit:
         return int(self.memory_bytes * SPARE_SHARE)
 
     @property
+    def num_caches(self) -> int:
+        return self.batch + 1 if self.batch > 1 else 1
+
+    @property
     def sequence_bytes(self) -> int:
         """What is left for the cache of one sequence."""
         taken = self.weights_bytes + self.prefill_bytes + self.decode_bytes + self.spare_bytes
-        return (self.memory_bytes - taken) // self.batch
+        return (self.memory_bytes - taken) // self.num_caches
 
     @property
     def budget(self) -> str:
@@ -73,8 +78,9 @@ class Fit:
             "prefill_bytes": self.prefill_bytes,
             "decode_bytes": self.decode_bytes,
             "spare_bytes": self.spare_bytes,
-            "cache_bytes": self.sequence_bytes * self.batch,
+            "cache_bytes": self.sequence_bytes * self.num_caches,
             "batch": self.batch,
+            "caches": self.num_caches,
             "cache_bytes_per_sequence": self.sequence_bytes,
         }
 
@@ -83,8 +89,9 @@ class Fit:
         return (
             f"{readable(self.memory_bytes)} less {readable(self.weights_bytes)} of weights, "
             f"{readable(self.prefill_bytes)} of prefill ({self.working_set}), {readable(self.decode_bytes)} of decode "
-            f"and {readable(self.spare_bytes)} spare leave {readable(self.sequence_bytes * self.batch)} of cache: "
+            f"and {readable(self.spare_bytes)} spare leave {readable(self.sequence_bytes * self.num_caches)} of cache: "
             f"{self.sequence_bytes:,} bytes for each of {self.batch} sequences"
+            + (" and the prompt that is being prefilled" if self.batch > 1 else "")
         )
 
 

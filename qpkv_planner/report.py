@@ -8,7 +8,6 @@ ledger's. Wall times are of this run, so a resumed one has only what it still ha
 from __future__ import annotations
 
 import platform
-import tempfile
 from collections.abc import Container, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from html import escape
@@ -17,7 +16,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from qpkv_planner.allocation import Space, allocation_of
-from qpkv_planner.cli import write_whole
+from qpkv_planner.files import check_writable, write_whole
 from qpkv_runtime.errors import InputError
 from qpkv_runtime.ledger import make_ledger
 from qpkv_runtime.plan import Calibration, Interval, Plan
@@ -129,13 +128,8 @@ def check_report(path: Path) -> None:
     """Raise InputError, before the search, where no report could be written to `path` after it."""
     if path.suffix not in SUFFIXES:
         raise InputError(f"--report must be a file that ends in {' or '.join(SUFFIXES)}, got {path}")
-    if not path.parent.is_dir() or path.is_dir():
-        raise InputError(f"--report must be a file in an existing directory, got {path}")
     need_matplotlib("--report")
-    try:
-        tempfile.TemporaryFile(dir=path.parent).close()
-    except OSError as error:
-        raise InputError(f"--report must be in a directory that can be written, got {path}: {error.strerror}") from None
+    check_writable("--report", path)
 
 
 def write_report(path: Path, report: Report) -> None:

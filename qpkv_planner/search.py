@@ -8,11 +8,14 @@ and dropped if it is clearly behind there.
 
 from __future__ import annotations
 
+import hashlib
+import json
 import warnings
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from typing import Any
 
+import numpy as np
 import optuna
 from optuna.storages.journal import JournalFileBackend
 from optuna.trial import TrialState
@@ -24,7 +27,10 @@ from qpkv_runtime.errors import InputError
 
 CLEARLY_BEHIND = 1.2  # a first part's loss above this multiple of the best trial's there ends the trial
 HEARTBEAT_SECONDS = 60  # of a database storage: a trial silent for longer belongs to a process that is gone
-SAMPLERS = ("tpe", "gp", "random")
+STARTUP_SHARE = 3  # one trial in so many is drawn before a sampler models those that are done
+SHARES = {"tau": (0.6, 1.2), "sigma": (0.0, 0.3), "floor": (0.0, 0.4)}
+STEPS = {"key_step": (-1, 1), "value_step": (-1, 1)}
+THE_KNAPSACKS = {"tau": 1.0, "sigma": 0.0, "floor": 0.0, "key_step": 0, "value_step": 0}
 
 
 @dataclass(frozen=True)
@@ -45,6 +51,12 @@ class Family:
     sensitivities: Sequence[float]
     quantizer: str
 
+    def name(self, objective: Objective, belongs_to: Mapping[str, Any] | None) -> str:
+        """Of the study of these trials: their losses compare with no others."""
+        depends = [objective, belongs_to, self.space.limit_bytes, [asdict(choice) for choice in self.allocation]]
+        digest = hashlib.sha256(json.dumps(depends, sort_keys=True).encode()).hexdigest()[:12]
+        return f"{self.space.model.id} {self.space.requested} of {self.space.context_tokens} tokens, {digest}"
+
     def member(self, parameters: Mapping[str, Any]) -> Allocation | None:
         """The allocation of these parameters; None where not even the least of it fits the budget."""
         largest = max(max(self.sensitivities), 1e-9)
@@ -60,32 +72,35 @@ class Family:
 
 def refine(
     evaluator: Evaluator, family: Family, num_trials: int, objective: Objective, seed: int,
-    progress: Callable[[int], None], *, sampler: str = "tpe", storage: str | None = None, name: str = "qpkv",
+    progress: Callable[[int], None], *, sampler: str = "tpe", storage: str | None = None,
+    belongs_to: Mapping[str, Any] | None = None,
 ) -> list[Found]:  # fmt: skip
     """Run the trials, `progress` being called with each one's number; all that finished, best first. The first trial
     is the knapsack's allocation.
 
-    storage: an RDB url, or a file for Optuna's journal; every process that names the same one joins the study `name`
-    and stops when it has `num_trials` in all.
+    storage: an RDB url, or a file for Optuna's journal; every process that names the same one and searches around the
+    same allocation joins one study and stops when it has `num_trials` in all. belongs_to: what else the losses depend
+    on.
     """
     optuna.logging.set_verbosity(optuna.logging.WARNING)
     space = family.space
     study = optuna.create_study(
-        sampler=_sampler(sampler, seed, num_trials),
         direction="minimize",
-        storage=_storage(storage),
-        study_name=name if storage else None,
+        storage=open_storage(storage),
+        study_name=family.name(objective, belongs_to) if storage else None,
         load_if_exists=True,
     )
-    first = {"tau": 1.0, "sigma": 0.0, "floor": 0.0, "key_step": 0, "value_step": 0}
-    study.enqueue_trial(first, skip_if_exists=True)
+    num_known = len(study.get_trials(deepcopy=False))
+    # waiting in the study, each is run by one process; who joins later does not propose what others have proposed
+    for parameters in _first_trials(num_trials if sampler == "random" else num_trials // STARTUP_SHARE, seed):
+        study.enqueue_trial(parameters, skip_if_exists=True)
+    study.sampler = _sampler(sampler, seed + num_known, is_shared=storage is not None)
 
     def run(trial: optuna.Trial) -> float:
-        trial.suggest_float("tau", 0.6, 1.2)
-        trial.suggest_float("sigma", 0.0, 0.3)
-        trial.suggest_float("floor", 0.0, 0.4)
-        trial.suggest_int("key_step", -1, 1)
-        trial.suggest_int("value_step", -1, 1)
+        for name, (low, high) in SHARES.items():
+            trial.suggest_float(name, low, high)
+        for name, steps in STEPS.items():
+            trial.suggest_int(name, *steps)
         candidate = family.member(trial.params)
         progress(trial.number)
         if candidate is None:
@@ -109,22 +124,32 @@ def refine(
     return sorted(found, key=lambda one: one.loss)
 
 
-def _sampler(name: str, seed: int, num_trials: int) -> optuna.samplers.BaseSampler:
+def _first_trials(count: int, seed: int) -> list[dict[str, float | int]]:
+    """The knapsack's parameters, then random ones, `count` in all and one at least."""
+    chance = np.random.default_rng(seed)
+    drawn: list[dict[str, float | int]] = [
+        {name: chance.uniform(low, high) for name, (low, high) in SHARES.items()}
+        | {name: int(chance.integers(low, high + 1)) for name, (low, high) in STEPS.items()}
+        for _ in range(count - 1)
+    ]
+    return [THE_KNAPSACKS, *drawn]
+
+
+def _sampler(name: str, seed: int, is_shared: bool) -> optuna.samplers.BaseSampler:
+    """By one of the names of `options.SAMPLERS`. is_shared: whether other processes have trials that are running."""
     with warnings.catch_warnings():
         warnings.simplefilter("ignore", optuna.exceptions.ExperimentalWarning)
         if name == "tpe":
             return optuna.samplers.TPESampler(
-                seed=seed, multivariate=True, n_startup_trials=min(8, num_trials), n_ei_candidates=24,
-                constant_liar=False,
-            )  # fmt: skip
+                seed=seed, multivariate=True, n_startup_trials=1, n_ei_candidates=24, constant_liar=is_shared
+            )
         if name == "gp":
-            return optuna.samplers.GPSampler(seed=seed, n_startup_trials=min(8, num_trials))
-        if name == "random":
-            return optuna.samplers.RandomSampler(seed=seed)
-    raise InputError(f"sampler must be one of {', '.join(SAMPLERS)}, got {name!r}")
+            return optuna.samplers.GPSampler(seed=seed, n_startup_trials=1)
+        return optuna.samplers.RandomSampler(seed=seed)
 
 
-def _storage(name: str | None) -> optuna.storages.BaseStorage | None:
+def open_storage(name: str | None) -> optuna.storages.BaseStorage | None:
+    """Of an url or a file, None of None. Raises InputError where it cannot be opened."""
     if name is None:
         return None
     try:

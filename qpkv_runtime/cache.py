@@ -14,7 +14,7 @@ Not here: chunked prefill (a chunk after the first is appended, like generated t
 from __future__ import annotations
 
 import warnings
-from collections.abc import Sequence
+from collections.abc import Iterable
 from functools import partial
 from inspect import signature
 from typing import Any, NoReturn, cast
@@ -205,6 +205,10 @@ class PlannedLayer(CacheLayerMixin):
     def load(self, block: Tensor, prompt_tokens: list[int]) -> None:
         """Take over a block that `compress` wrote (uint8 [B, stored_bytes]), as if it had been prefilled here."""
         self.rows.block(self.layout.layer, len(prompt_tokens)).copy_(block)
+        self.hold(prompt_tokens)
+
+    def hold(self, prompt_tokens: list[int]) -> None:
+        """As if the prompts of these lengths, whose blocks the arena has, had been prefilled here."""
         self.num_seen, self.num_appended = max(prompt_tokens), 0
         self.begin(list(prompt_tokens))
         self.is_initialized = True
@@ -256,16 +260,34 @@ class PlannedCache(Cache):
         return cls(plan, layer_devices(model), layer_parts(model) if needs_parts else None)
 
     @classmethod
-    def stacked(cls, caches: Sequence[PlannedCache]) -> PlannedCache:
-        """One batch of prompts that were prefilled each in its own cache of one plan, so that only one prompt's prefill
-        is alive at a time. Goes on like a batch padded on the left. Raises CacheError where something was appended."""
-        if any(cast(PlannedLayer, layer).num_appended for cache in caches for layer in cache.layers):
-            raise CacheError("caches are stacked right after their prefill, and one has appended tokens")
-        out = cls(caches[0].plan, caches[0].rows.layer_devices)
-        for index, layer in enumerate(cast("list[PlannedLayer]", out.layers)):
-            parts = [cast(PlannedLayer, cache.layers[index]) for cache in caches]
-            blocks = torch.cat([part.packed().block for part in parts])
-            layer.load(blocks, [tokens for part in parts for tokens in part.prompt_tokens])
+    def stacked(cls, caches: Iterable[PlannedCache], num_rows: int) -> PlannedCache:
+        """One batch of `num_rows` prompts that were prefilled each in its own cache of one plan. Goes on like a batch
+        padded on the left.
+
+        caches: one row each. From a generator that prefills one when it is asked for it, each is copied and let go
+        before the next: memory then holds the batch's arena, one row more, and one prompt's prefill. Raises CacheError
+        where something was appended, or more or fewer come.
+        """
+        out: PlannedCache | None = None
+        prompt_tokens: list[int] = []
+        for cache in caches:
+            if any(cast(PlannedLayer, layer).num_appended for layer in cache.layers):
+                raise CacheError("caches are stacked right after their prefill, and one has appended tokens")
+            row, num_own = len(prompt_tokens), len(cache.rows.prompt_tokens)
+            if num_own != 1 or row == num_rows:
+                raise CacheError(
+                    f"stacked takes num_rows = {num_rows} prefilled caches of one row each, and number {row + 1} has "
+                    f"{num_own}"
+                )
+            prompt_tokens += cache.rows.prompt_tokens
+            out = out or cls(cache.plan, cache.rows.layer_devices)
+            for index in range(len(cache.layers)):
+                out.rows.block(index, num_rows)[row].copy_(cache.rows.block(index, 1)[0])
+            del cache  # or the next one would be made beside it
+        if out is None or len(prompt_tokens) < num_rows:
+            raise CacheError(f"stacked takes num_rows = {num_rows} caches, at least 1, and got {len(prompt_tokens)}")
+        for layer in out.layers:
+            cast(PlannedLayer, layer).hold(prompt_tokens)
         return out
 
     @property

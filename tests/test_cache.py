@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import copy
+import weakref
+from collections.abc import Iterator
 
 import pytest
 import torch
@@ -320,7 +322,7 @@ def test_prompts_prefilled_alone_and_stacked_go_on_as_each_alone() -> None:
     for row, tokens in enumerate((60, 70)):
         alone.append(PlannedCache.from_plan(plan, model))
         model(prompts(1, tokens, seed=row), past_key_values=alone[-1])
-    together = PlannedCache.stacked(alone)
+    together = PlannedCache.stacked(alone, 2)
     fed = torch.tensor([[5], [9]])
     positions = torch.tensor([[60], [70]])
     batch = model(fed, position_ids=positions, past_key_values=together).logits
@@ -328,4 +330,27 @@ def test_prompts_prefilled_alone_and_stacked_go_on_as_each_alone() -> None:
         own = model(fed[row : row + 1], position_ids=positions[row : row + 1], past_key_values=cache).logits
         torch.testing.assert_close(batch[row : row + 1], own, rtol=1e-4, atol=1e-4)
     with pytest.raises(CacheError, match="right after their prefill"):
-        PlannedCache.stacked(alone)
+        PlannedCache.stacked(alone, 2)
+
+
+@torch.no_grad()
+def test_stacking_holds_one_row_besides_the_batch() -> None:
+    model = make_model("llama")
+    plan = random_plan(model, 3)
+    made: list[weakref.ref[PlannedCache]] = []
+
+    def prefilled(count: int) -> Iterator[PlannedCache]:
+        for row in range(count):
+            assert all(one() is None for one in made), "an earlier prompt's cache is alive beside the batch's"
+            cache = PlannedCache.from_plan(plan, model)
+            model(prompts(1, 60 + row, seed=row), past_key_values=cache)
+            made.append(weakref.ref(cache))
+            yield cache
+            del cache
+
+    together = PlannedCache.stacked(prefilled(3), 3)
+    assert together.allocated_bytes == 3 * plan.budget.planned_bytes and len(made) == 3
+    for count, num_rows in ((1, 2), (3, 2), (0, 1)):
+        made.clear()
+        with pytest.raises(CacheError, match=f"stacked takes num_rows = {num_rows}"):
+            PlannedCache.stacked(prefilled(count), num_rows)

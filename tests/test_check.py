@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import platform
 import subprocess
 import sys
 from dataclasses import replace
@@ -15,11 +16,11 @@ import torch
 from conftest import make_model
 from tokenizers import normalizers
 
-from qpkv_planner import check
-from qpkv_planner.allocation import Space
+from qpkv_planner import check, regression
+from qpkv_planner.allocation import Space, allocation_of
 from qpkv_planner.calibration import make_split
-from qpkv_planner.regression import Checker, record_anew, recorded_split
-from qpkv_planner.session import describe
+from qpkv_planner.regression import Checker, measured_space, record_anew, recorded_split
+from qpkv_planner.session import describe, made_with
 from qpkv_runtime import quantizers
 from qpkv_runtime.models import load_model, load_tokenizer
 from qpkv_runtime.plan import Calibration, Comparison, Decode, Interval, Scorer, load_plan
@@ -199,8 +200,34 @@ def test_the_reports_say_what_failed_and_where(file, one_load, tmp_path, capsys,
 def test_update_records_what_is_measured_now(file, recorded, one_load):
     worse(file)
     assert check.main([str(file), "--update", "--quiet"]) == 0
-    assert load_plan(file).calibration.kl == recorded.calibration.kl
+    found = load_plan(file).calibration
+    assert found == recorded.calibration
+    assert found.loss_to_full.mean == pytest.approx(found.cross_entropy.plan.mean - found.cross_entropy.full.mean)
+    assert found.worst_tenth["plan"] >= found.cross_entropy.plan.mean
     assert check.main([str(file), "--quiet"]) == 0
+
+
+def test_a_stretched_plan_is_recorded_beside_a_uniform_setting_of_its_calibration_length(recorded, tiny):
+    search = {
+        "measured_allocation": [[choice.tokens, choice.format] for choice in allocation_of(recorded)],
+        "measured_reserve_tokens": recorded.decode.reserve_tokens,
+    }
+    calibration = recorded.calibration.model_copy(update={"search": search})
+    space = replace(Space.of_plan(recorded), context_tokens=4 * recorded.budget.context_tokens)
+    long = space.plan([replace(c, tokens=4 * c.tokens - 16) for c in allocation_of(recorded)], calibration)
+    assert measured_space(long).limit_bytes * 4 * (TOKENS + 64) <= space.limit_bytes * TOKENS
+    found = record_anew(long, tiny, recorded_split(recorded, tiny[1])).calibration
+    assert found.cross_entropy.plan == recorded.calibration.cross_entropy.plan
+    # as many bytes a token as recorded, which was for a context of 64 tokens more
+    assert found.cross_entropy.best_uniform.mean == pytest.approx(
+        recorded.calibration.cross_entropy.best_uniform.mean, abs=0.1
+    )
+
+
+def test_other_samples_name_the_python_they_came_from(recorded):
+    calibration = recorded.calibration.model_copy(update={"versions": {**made_with(), "python": "3.9.1"}})
+    told = regression._other_samples(recorded.model_copy(update={"calibration": calibration}))
+    assert told.endswith(f"; python {platform.python_version()}, recorded with 3.9.1")
 
 
 def test_plans_without_measurements_are_skipped_and_a_check_of_nothing_is_no_pass(file, recorded, one_load, capsys):

@@ -36,7 +36,10 @@ def test_aliases_have_the_published_number_of_parameters(name):
 def test_a_fit_divides_the_memory_and_wastes_less_than_a_byte_a_sequence():
     divided = fit(KNOWN_MODELS["llama-3-8b"], 24 * 2**30, 16, 8192, "bfloat16")
     taken = divided.weights_bytes + divided.prefill_bytes + divided.decode_bytes + divided.spare_bytes
-    assert 0 <= 24 * 2**30 - taken - 16 * divided.sequence_bytes < 16
+    # the batch's cache, and that of the prompt that is being prefilled
+    assert 0 <= 24 * 2**30 - taken - 17 * divided.sequence_bytes < 17
+    alone = fit(KNOWN_MODELS["llama-3-8b"], 24 * 2**30, 1, 8192, "bfloat16")
+    assert alone.record()["cache_bytes"] == alone.sequence_bytes
     assert divided.weights_bytes == 2 * PARAMETERS["llama-3-8b"]
 
 
@@ -67,6 +70,24 @@ def test_a_dry_run_of_an_alias_needs_no_weights_and_prints_yaml(capsys):
     assert found["model"]["parameters"] == PARAMETERS["mistral-7b"]
     assert set(found["search"]["prefills"]) == {"search", "validation"}
     assert "24 GiB less 13.5 GiB of weights" in ended.err
+
+
+@pytest.mark.parametrize(
+    ("options", "tokens", "working_set"),
+    [(["--quick"], 1024, "measured"), (["--context-length", "64"], 64, "computed")],
+)
+def test_a_fit_is_for_the_length_of_the_plan(options, tokens, working_set, monkeypatch):
+    arguments = cli.parser().parse_args(["--model", "tiny", "--fit", "1GiB", "--dtype", "float32", *options])
+    divided = cli._fitted(arguments, load_model("tiny", dtype="float32")[0])
+    assert (divided.context_tokens, divided.working_set) == (tokens, working_set)
+
+
+def test_a_dry_run_of_auto_counts_the_budgets_that_it_tries(capsys):
+    def steps(*budget: str) -> int:
+        assert cli.main(["--model", "tiny", "--budget", *budget, "--dry-run"]) == 0
+        return yaml.safe_load(capsys.readouterr().out)["search"]["steps"]
+
+    assert steps("auto", "--max-loss", "0.1") == steps("1/2,1/4,1/8,1/16,1/32,1/64", "--out-dir", "plans")
 
 
 def test_a_longer_context_takes_more_of_everything():

@@ -8,7 +8,7 @@ import pytest
 import torch
 from small_search import FEW, SMALLEST
 
-from qpkv_planner import calibration_cache, options, planner, prefill
+from qpkv_planner import calibration_cache, options, planner, prefill, session
 from qpkv_planner.allocation import Space, uniform
 from qpkv_planner.calibration import BUILT_IN, make_splits
 from qpkv_planner.calibration_cache import choose_places, load_or_prepare
@@ -34,6 +34,15 @@ def test_prefills_on_disk_give_the_plan_of_prefills_in_memory_byte_for_byte(tiny
     found = planner.plan(*tiny, "1/8", prefill_memory=1, **settings)
     assert found.to_yaml() == expected.to_yaml()
     assert "search: prefills of about" in (said := capsys.readouterr().err) and "go to disk" in said
+
+
+def test_a_limit_is_for_all_splits_together(tiny, capsys, monkeypatch):
+    monkeypatch.setattr(options, "QUICK", SMALLEST)
+    monkeypatch.setattr(session, "prefills_bytes", lambda *args: 100)
+    planner.plan(*tiny, "1/8", quick=True, context_tokens=320, name="tiny", data=FEW, prefill_memory=150)
+    said = capsys.readouterr().err
+    assert "search: prefills of about 0.0977 KiB go to device" in said
+    assert "validation: prefills of about 0.0977 KiB go to disk" in said
 
 
 def test_losses_do_not_depend_on_where_prefills_live(tiny, tmp_path):

@@ -9,17 +9,19 @@ import time
 from collections import Counter
 from dataclasses import replace
 from pathlib import Path
+from types import SimpleNamespace
 
 import optuna
 import pytest
 from small_search import FEW, MIX, SMALLEST, Command
 
-from qpkv_planner import cli, measurement, options, planner, regression
+from qpkv_planner import cli, measurement, options, planner, regression, search, session
 from qpkv_planner.allocation import Space
 from qpkv_planner.calibration import Data, make_splits
 from qpkv_planner.grid import make_grid
 from qpkv_planner.journal import Journal
 from qpkv_planner.mix import FACT_KINDS, LONG_MIX, LONG_TOKENS, SHORT_MIX, parse_mix
+from qpkv_planner.stages import TooLittleTimeError
 from qpkv_runtime.errors import BudgetError, InputError
 from qpkv_runtime.models import load_model, load_tokenizer
 from qpkv_runtime.plan import UNIFORM, load_plan, parse_plan
@@ -91,6 +93,45 @@ def test_an_interrupt_writes_the_best_plan_so_far_and_says_so(tmp_path, num_thre
     assert plan.calibration.stopped == "interrupted" and plan.calibration.measured_on == "search"
     assert plan.budget.planned_bytes <= plan.budget.limit_bytes
     assert "best plan so far" in errors
+
+
+@pytest.fixture
+def interrupted_in_validation(monkeypatch):
+    """How many more times the validation split may be asked for before that is interrupted."""
+    left, evaluator = [0], session.Session.evaluator
+
+    def stopping(self, split, *args, **kwargs):
+        if split == "validation":
+            left[0] -= 1
+            if left[0] < 0:
+                raise KeyboardInterrupt
+        return evaluator(self, split, *args, **kwargs)
+
+    monkeypatch.setattr(session.Session, "evaluator", stopping)
+    return left
+
+
+def test_an_interrupt_during_validation_ships_the_best_plan_so_far(tiny, interrupted_in_validation):
+    found = planner.plan(*tiny, "1/8", **SETTINGS)
+    assert found.calibration.stopped == "interrupted" and found.calibration.measured_on == "search"
+
+
+def test_an_interrupted_search_for_the_smallest_budget_ships_what_was_proved(tiny, interrupted_in_validation):
+    interrupted_in_validation[0] = 1
+    found = planner.smallest(*tiny, 10.0, **SETTINGS)
+    assert found.budget.requested == "0.5"
+    assert found.calibration.stopped == "interrupted" and found.calibration.measured_on == "validation"
+    interrupted_in_validation[0] = 0
+    found = planner.smallest(*tiny, 1e-9, **SETTINGS)
+    assert found.calibration.stopped == "interrupted" and found.calibration.measured_on == "search"
+
+
+def test_a_timeout_goes_for_every_budget_of_a_frontier(tiny):
+    plans = planner.frontier(*tiny, ["1/4", "1/8"], **SETTINGS, timeout_seconds=3600)
+    assert next(plans).calibration.stopped is None
+    plans.gi_frame.f_locals["session"].deadline = 0.0
+    with pytest.raises(TooLittleTimeError, match="enough to measure the uniform settings of 1/8"):
+        next(plans)
 
 
 def test_a_timeout_ships_a_validated_plan_that_says_so(tiny, monkeypatch):
@@ -184,6 +225,10 @@ def test_a_search_of_shorter_contexts_is_judged_at_the_plans_own_length(tiny):
 def test_lengths_that_do_not_fit_into_each_other_are_refused(tiny, tmp_path):
     with pytest.raises(InputError, match="search length must be at most the calibration length 320, got 640"):
         planner.plan(*tiny, "1/8", **SETTINGS | {"search_tokens": 640})
+    with pytest.raises(InputError, match="calibration length must be 1 to"):
+        planner.plan(*tiny, "1/8", **SETTINGS | {"calibration_tokens": 0})
+    with pytest.raises(BudgetError, match="--search-length 160 is too short for 1/32 of 2048 tokens"):
+        planner.plan(*tiny, "1/32", **SETTINGS | {"context_tokens": 2048, "search_tokens": 160, "max_new_tokens": 64})
     data = Data(file=samples(tmp_path / "mine.jsonl", [{"prompt": PROMPT, "continuation": " it"}]))
     with pytest.raises(InputError, match="leave it out with --calibration"):
         planner.plan(*tiny, "1/8", **SETTINGS | {"search_tokens": 160, "data": data})
@@ -221,7 +266,8 @@ def test_a_users_samples_take_the_place_of_the_built_in_ones(tiny, tmp_path):
     [
         ([{"prompt": PROMPT * 3, "continuation": " a"}, "not json"], r"mine.jsonl:2 must be a JSON object"),
         ([{"prompt": PROMPT * 3}], r"mine.jsonl:1 must be a JSON object"),
-        ([{"prompt": PROMPT * 99, "continuation": " a"}], r"mine.jsonl:1 must have 32 to 320 tokens"),
+        ([{"prompt": PROMPT * 99, "continuation": " a"}], r"mine.jsonl:1 must have at most 320 tokens, got"),
+        ([{"prompt": "Why?", "continuation": " a"}], r"mine.jsonl:1 must have a prompt of at least 32 tokens, got"),
         ([{"prompt": PROMPT * 3, "continuation": " a"}], r"at least 4 contexts"),
     ],
 )
@@ -229,6 +275,48 @@ def test_bad_samples_are_named_by_their_line(tmp_path, rows, message):
     data = Data(file=samples(tmp_path / "mine.jsonl", rows))
     with pytest.raises(InputError, match=message):
         make_splits(load_tokenizer("tiny"), {"search": 2, "validation": 2}, 320, 0, data)
+
+
+def test_a_line_of_json_ends_at_a_line_feed_alone(tmp_path):
+    rows = [
+        json.dumps({"prompt": f"{PROMPT * 2}{i}\u2028\u0085", "continuation": " it"}, ensure_ascii=False)
+        for i in range(4)
+    ]
+    data = Data(file=samples(tmp_path / "mine.jsonl", rows))
+    splits = make_splits(load_tokenizer("tiny"), {"search": 2, "validation": 2}, 320, 0, data)
+    assert [len(split.contexts) for split in splits.values()] == [2, 2]
+
+
+def test_windows_of_plain_text_begin_as_the_model_is_used_to(tmp_path):
+    path = tmp_path / "mine.txt"
+    path.write_text(" ".join(f"{PROMPT}number {i}." for i in range(120)))
+    tokenizer = load_tokenizer("tiny")
+    counts = {"search": 3, "validation": 3}
+    plain = make_splits(tokenizer, counts, 128, 0, Data(file=path))
+
+    class WithBos:
+        """tiny's tokenizer, as one that puts its first token before a text."""
+
+        bos_token_id = 1
+
+        def __call__(self, text, add_special_tokens=True):
+            found = tokenizer(text, add_special_tokens=False)
+            return SimpleNamespace(input_ids=[1] * add_special_tokens + list(found.input_ids))
+
+    begun = make_splits(WithBos(), counts, 128, 0, Data(file=path))
+    for name in counts:
+        assert all(context.tokens[0] == 1 for context in begun[name].contexts)
+        assert {len(context.tokens) for context in begun[name].contexts} == {
+            len(context.tokens) for context in plain[name].contexts
+        }
+
+
+def test_a_users_text_has_no_exact_answers_and_says_nothing_of_them(tiny, tmp_path, capsys):
+    path = tmp_path / "mine.txt"
+    path.write_text(" ".join(f"{PROMPT}number {i}." for i in range(240)))
+    planner.plan(*tiny, "1/4", **SETTINGS | {"data": Data(file=path), "quiet": False})
+    said = capsys.readouterr().err
+    assert "cross-entropy" in said and "exact answers" not in said
 
 
 def test_plain_text_is_cut_into_windows_that_no_split_shares(tmp_path):
@@ -289,3 +377,32 @@ def test_two_processes_with_one_storage_share_the_trials(tiny, tmp_path):
     study = optuna.load_study(study_name=name, storage=backend)
     assert len(study.trials) == 3
     assert study.best_value == pytest.approx(first.calibration.search["optuna"]["best"], abs=1e-6)
+    planner.plan(*tiny, "1/8", **settings | {"seed": 1})  # on other samples
+    assert len(optuna.study.get_all_study_names(backend)) == 2, "losses of other samples are no trials of this search"
+
+
+@pytest.mark.parametrize("sampler", options.SAMPLERS)
+def test_a_process_that_joins_runs_no_trial_again(tmp_path, sampler):
+    """It joins while the first one is at its third trial."""
+    ran: list[tuple[float, ...]] = []
+
+    def evaluate(space, candidate, parts=None):
+        if parts is None:
+            ran.append(candidate)
+        return SimpleNamespace(mean=lambda objective: 1.0 + candidate[0] / 10)
+
+    family = SimpleNamespace(
+        space=None, name=lambda objective, belongs_to: "one", member=lambda parameters: tuple(parameters.values())
+    )
+    evaluator, storage = SimpleNamespace(parts=[0], evaluate=evaluate), str(tmp_path / "trials.log")
+
+    def refine(progress):
+        return search.refine(evaluator, family, 8, "kl", 0, progress, sampler=sampler, storage=storage)
+
+    found = refine(lambda number: refine(lambda number: None) if number == 2 else None)
+    assert len(ran) == len(set(ran)) == len(found) == 9  # the first one finishes what it was at
+
+
+def test_a_storage_that_cannot_be_opened_is_refused_before_the_search(tiny, tmp_path):
+    with pytest.raises(InputError, match="--storage must be a database url or a file"):
+        planner.plan(*tiny, "1/8", **SETTINGS | {"storage": str(tmp_path / "nowhere" / "trials.log")})

@@ -226,7 +226,7 @@ def _compare(args: argparse.Namespace) -> int:
     if args.json is not None:
         from dataclasses import asdict
 
-        from qpkv_planner.cli import write_whole
+        from qpkv_planner.files import write_whole
 
         rows = [{**asdict(one), "change": one.change.model_dump()} for one in differences]
         write_whole(args.json, json.dumps({"a": args.compare[0], "b": args.compare[1], "differences": rows}) + "\n")

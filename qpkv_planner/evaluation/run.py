@@ -13,10 +13,10 @@ from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
-from qpkv_planner.cli import write_whole
 from qpkv_planner.evaluation.answering import Regime, Runner
 from qpkv_planner.evaluation.comparison import Row
 from qpkv_planner.evaluation.samples import Sample
+from qpkv_planner.files import write_whole
 from qpkv_planner.progress import Progress
 from qpkv_runtime.errors import InputError
 
