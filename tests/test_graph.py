@@ -17,7 +17,7 @@ from qpkv_kernels import append, decode
 from qpkv_planner.allocation import Choice
 from qpkv_runtime.cache import PlannedCache
 from qpkv_runtime.errors import CacheError, NumericsError
-from qpkv_runtime.graph import DecodeLoop
+from qpkv_runtime.graph import DecodeLoop, waits_for_host
 from qpkv_runtime.plan import Decode, Heads, Plan
 from qpkv_runtime.quantizers import CLIPS
 
@@ -120,6 +120,16 @@ def test_a_graph_is_refused_where_it_cannot_be():
     if not torch.cuda.is_available():
         with pytest.raises(CacheError, match=r"on one CUDA device.*got layers on cpu"):
             DecodeLoop(model, cache, use_graph=True)
+
+
+@pytest.mark.parametrize(
+    "rope", ["dynamic", "longrope", {"full_attention": "default", "sliding_attention": "longrope"}]
+)
+def test_a_forward_that_waits_for_the_host_is_not_captured(rope: str | dict[str, str]):
+    model = make_model("llama")
+    assert not waits_for_host(model)
+    model.get_decoder().rotary_emb.rope_type = rope
+    assert waits_for_host(model)
 
 
 # --- by the kernels ------------------------------------------------------------------------------------------------

@@ -24,6 +24,7 @@ from qpkv_runtime.errors import (
     run_command,
 )
 from qpkv_runtime.generation import generate
+from qpkv_runtime.graph import waits_for_host
 from qpkv_runtime.models import (
     KNOWN_MODELS,
     ModelShape,
@@ -326,6 +327,7 @@ def test_an_offloaded_model_has_the_same_weights_and_answers() -> None:
     places = {"model.embed_tokens": "disk", "lm_head": "disk", "model.norm": "cpu", "model.rotary_emb": "cpu", **layers}
     offloaded, _ = load_model("tiny", dtype="float32", device_map=places)
     assert {parameter.is_meta for parameter in offloaded.parameters()} == {True, False}
+    assert waits_for_host(offloaded) and not waits_for_host(whole)  # no graph is captured over it
     assert model_identity(offloaded, tokenizer) == model_identity(whole, tokenizer)
     plan = load_plan(ROOT / "plans" / "tiny__1-8.yaml")
     ids = tokenizer("The badge number of Maria is 53124. " * 20, return_tensors="pt").input_ids

@@ -100,3 +100,23 @@ def test_a_torn_file_and_entries_of_another_version_are_measured_again(monkeypat
         monkeypatch.setattr(tuning, "_known", {})
         timer = Timer(3)
         assert choose(timer) == timer.best and timer.timed
+
+
+def test_a_candidate_that_does_not_run_is_left_out():
+    class Failing(Timer):
+        def __call__(self, launch: Launch) -> float:
+            taken = super().__call__(launch)
+            if launch in launches()[1:3]:
+                raise RuntimeError("not compiled by this Triton")
+            return taken
+
+    timer = Failing(2)
+    assert choose(timer) == launches()[0] and len(timer.timed) == len(launches())
+
+
+def test_without_room_to_time_the_default_is_taken_and_nothing_written():
+    def full(launch: Launch) -> float:
+        raise torch.cuda.OutOfMemoryError("the buffer that clears the L2")
+
+    assert choose(full) == default_launch(layout(), 90)
+    assert not tuning.file().exists()

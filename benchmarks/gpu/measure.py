@@ -54,6 +54,8 @@ class Rows:
     def attempt(self, what: dict[str, Any], measure: Callable[[], dict[str, Any] | None]) -> None:
         """Add the row that `measure` gives, if any; or that it does not fit, or failed."""
         try:
+            if torch.cuda.is_available():
+                torch.cuda.empty_cache()  # what the last row held
             row = measure()
             if row is not None:
                 self.add(**what, **row)
@@ -62,8 +64,6 @@ class Rows:
         except Exception as error:
             self.status = 1
             self.add(**what, note=f"FAILED: {type(error).__name__}: {str(error).splitlines()[0] if str(error) else ''}")
-        if torch.cuda.is_available():
-            torch.cuda.empty_cache()
 
 
 def _shown(value: Any) -> str:
@@ -71,11 +71,12 @@ def _shown(value: Any) -> str:
 
 
 def machine(device: torch.device) -> dict[str, str]:
-    """The row's last columns: hardware as it is found, versions and commit."""
+    """The row's last columns: hardware, its clocks after a second of work, versions and commit."""
     versions = {name: metadata.version(name) for name in ("torch", "transformers", "triton")}
-    found = {"gpu": "none (CPU)", "driver": "", "sm_mhz": "", "memory_mhz": ""}
+    found = {"gpu": "none (CPU)", "driver": "", "sm_mhz": "", "memory_mhz": "", "max_sm_mhz": ""}
     if device.type == "cuda":
-        query = "name,driver_version,clocks.sm,clocks.mem"
+        query = "name,driver_version,clocks.sm,clocks.mem,clocks.max.sm"
+        _work(device, 1.0)
         asked = ["nvidia-smi", f"--query-gpu={query}", "--format=csv,noheader,nounits", f"--id={device.index or 0}"]
         try:
             done = subprocess.run(asked, capture_output=True, text=True, check=False, timeout=30)
@@ -83,6 +84,14 @@ def machine(device: torch.device) -> dict[str, str]:
         except (OSError, ValueError, subprocess.TimeoutExpired):
             found["gpu"] = torch.cuda.get_device_name(device)
     return {**found, **versions, "commit": os.environ.get("QPKV_COMMIT", "unknown")}
+
+
+def _work(device: torch.device, seconds: float) -> None:
+    """Matrix products, so that the clocks leave idling."""
+    x, started = torch.ones(4096, 4096, device=device, dtype=torch.bfloat16), time.perf_counter()
+    while time.perf_counter() - started < seconds:
+        torch.mm(x, x)
+        torch.cuda.synchronize(device)
 
 
 def timed(calls: dict[str, Call], device: torch.device, repeats: int) -> dict[str, dict[str, float]]:

@@ -91,7 +91,7 @@ def _append_side(
             tl.store((SEGMENT + scales_at).to(tl.pointer_type(tl.uint16)) + slot + tl.arange(0, 1), scale)
             found = found | tl.max(overflows(scale, NUMBER), 0)
         else:
-            GROUPS: tl.constexpr = tl.cdiv(D, GROUP)
+            GROUPS: tl.constexpr = (D + GROUP - 1) // GROUP
             for g in tl.static_range(GROUPS):
                 member = (is_channel & (d // GROUP == g))[None, :]
                 low = tl.min(tl.where(member, x, float("inf")), 1)

@@ -171,8 +171,8 @@ def _attend_run(
     V_SHARE: tl.constexpr = STREAMS // V_FIELDS
     K_SLICES: tl.constexpr = D // K_SLICE
     V_SLICES: tl.constexpr = D // V_SLICE
-    K_GROUPS: tl.constexpr = tl.cdiv(D, K_GROUP)  # of channels, where they share scales
-    V_GROUPS: tl.constexpr = tl.cdiv(D, V_GROUP)
+    K_GROUPS: tl.constexpr = (D + K_GROUP - 1) // K_GROUP  # tl.cdiv is a tensor in Triton 3.6
+    V_GROUPS: tl.constexpr = (D + V_GROUP - 1) // V_GROUP
     K_UNIT: tl.constexpr = 16777216.0 if K_BITS != 16 and tl.float16 == K_OPERAND else 1.0
     V_UNIT: tl.constexpr = 16777216.0 if V_BITS != 16 and tl.float16 == V_OPERAND else 1.0
     V_TOP: tl.constexpr = 1.0 * (1 << _most_exponent(V_BITS))

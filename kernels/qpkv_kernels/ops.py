@@ -14,7 +14,6 @@ from functools import lru_cache, partial
 
 import torch
 from torch import Tensor
-from triton.testing import do_bench
 
 from qpkv_kernels import append as append_kernel
 from qpkv_kernels import decode as decode_kernel
@@ -50,7 +49,7 @@ def attend(
         gqa = query.shape[1] // known.num_heads
         launch = tuning.choose(
             known, len(query), gqa, query.dtype, query.device,
-            lambda launch: do_bench(partial(call, launch=launch), return_mode="median"),
+            lambda launch: tuning.milliseconds(partial(call, launch=launch), query.device),
         )  # fmt: skip
         return call(launch=launch)
 

@@ -238,7 +238,7 @@ SCORED_OTHERS = ((64, F16), (80, BF16), (96, F16), (256, BF16), (64, F32), (128,
 
 
 CLIPS = {4: (1.0, 0.9, 0.8, 0.7), 1: (1.0, 0.9, 0.8, 0.7, 0.65, 0.6, 0.55, 0.5, 0.45, 0.4)}  # as the runtime's
-RESERVES = ("rotated4", "token4", "16bit", "token3", "rotated1")
+RESERVES = ("token4", "rotated4", "16bit", "token3", "rotated1")
 
 
 def main() -> None:
