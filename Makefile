@@ -48,7 +48,7 @@ plans: install  ## the checked-in plans of smollm2 and tiny, searched anew (thre
 	mkdir -p runs/plans
 	$(SEARCH) --model smollm2 --context-length 1024 --budget 1/32,1/64,1/128 --study runs/plans/study --resume --out-dir plans
 	$(SEARCH) --model smollm2 --context-length 1024 --budget 1/16 --output plans/smollm2__1-16.yaml
-	$(SEARCH) --model smollm2 --context-length 1024 --budget 1/8 --quick --output plans/smollm2__1-8.yaml
+	$(SEARCH) --model smollm2 --context-length 1024 --budget 1/8 --output plans/smollm2__1-8.yaml
 	$(SEARCH) --model smollm2 --context-length 1024 --budget 1/4 --quick --output plans/smollm2__1-4.yaml
 	$(SEARCH) --model smollm2 --context-length 2048 --budget 1/64,1/128 --study runs/plans/study-2048 --resume --out-dir plans/2048
 	for n in 8 16 32; do $(SEARCH) --model smollm2 --context-length 2048 --budget 1/$$n --output plans/2048/smollm2__1-$$n.yaml || exit 1; done

@@ -57,7 +57,7 @@ def main() -> int:
         for budget in arguments.budgets:
             session.announce(budget)
         for budget in arguments.budgets:
-            space = session.space(budget, session.lengths.context)
+            space = session.space(budget)
             search = Search(session, space)
             plan = search.run()
             session.plans.append(plan)
