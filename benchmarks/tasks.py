@@ -62,7 +62,10 @@ def _main(argv: list[str] | None) -> int:
     def answered(name: str, plan: Plan | None) -> dict[str, Any]:
         file = args.study / f"{name.replace('/', '-').replace(' ', '_')}.json"
         if file.exists():
-            return load_run(str(file))
+            run = load_run(str(file))
+            if {row["id"] for row in run["rows"]} != {sample.id for sample in samples}:
+                raise InputError(f"{file} has other samples' answers: choose another --study")
+            return run
         print(f"{name}: {len(samples)} answers", file=sys.stderr, flush=True)
         return evaluate(Runner(model, tokenizer, plan), samples, ("aware",), name=first.model.id, output=file)
 
