@@ -11,7 +11,7 @@ from __future__ import annotations
 import math
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass, replace
-from typing import Any
+from typing import Any, Literal
 
 from qpkv_planner import lagrangian, search
 from qpkv_planner.allocation import Allocation, Space, format_named
@@ -76,29 +76,25 @@ class Search:
 
     def run(self) -> Plan:
         try:
-            self._stages(self.session.evaluator("search", self.scorings))
-        except (KeyboardInterrupt, OutOfTime) as stop:
-            if isinstance(stop, KeyboardInterrupt):
+            try:
+                self._stages(self.session.evaluator("search", self.scorings))
+            except OutOfTime:
                 if not self.candidates:
-                    raise
-                return self._ship_at_once()
-            if not self.candidates:
-                raise TooLittleTimeError(
-                    f"{self.options.timeout_seconds:g} seconds must be enough to measure the uniform settings of "
-                    f"{self.space.requested}, and are not: raise --timeout, or add --quick"
-                ) from None
-            self.session.stopped = "timeout"
-            self.progress.say("timeout: shipping the best plan so far, measured on the validation split")
-        try:
+                    raise TooLittleTimeError(
+                        f"{self.options.timeout_seconds:g} seconds must be enough to measure the uniform settings of "
+                        f"{self.space.requested}, and are not: raise --timeout, or add --quick"
+                    ) from None
+                self._stop("timeout", "validation")
             return self._ship("validation")
         except KeyboardInterrupt:
-            return self._ship_at_once()
+            if not self.candidates:
+                raise
+            self._stop("interrupted", "search")  # the user is waiting
+            return self._ship("search")
 
-    def _ship_at_once(self) -> Plan:
-        """Of what the search split says: the user is waiting."""
-        self.session.stopped = "interrupted"
-        self.progress.say("interrupted: shipping the best plan so far, measured on the search split")
-        return self._ship("search")
+    def _stop(self, why: Literal["interrupted", "timeout"], split: str) -> None:
+        self.session.stopped = why
+        self.progress.say(f"{why}: shipping the best plan so far, measured on the {split} split")
 
     def _stage(self, name: str) -> None:
         self.progress.stage(name)

@@ -258,7 +258,7 @@ def test_plans_of_the_same_samples_share_the_full_caches_work(file, one_load, mo
         (["missing.yaml"], "missing.yaml: cannot be read as a plan"),
         (["{file}", "--max-regression", "-1"], "--max-regression must be at least 0 nats, got -1.0"),
         (["{file}", "--max-regression", "nan"], "--max-regression must be at least 0 nats, got nan"),
-        (["{file}", "--junit", "nowhere/check.xml"], "--junit must be in an existing directory"),
+        (["{file}", "--junit", "nowhere/check.xml"], "--junit must be a file in an existing directory"),
         (["{file}", "--model", "no-such"], "a model is one of"),
         (["{file}", "--update", "--json"], "--update writes plans"),
     ],

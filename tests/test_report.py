@@ -11,7 +11,7 @@ from html.parser import HTMLParser
 import pytest
 import small_search
 
-from qpkv_planner import cli, options, planner
+from qpkv_planner import cli, files, options, planner
 from qpkv_planner import report as reports
 from qpkv_planner.report import Report, check_report, html, write_report
 from qpkv_runtime.errors import InputError
@@ -188,7 +188,7 @@ def test_a_report_needs_matplotlib_a_writable_folder_and_a_search(tmp_path, monk
     def refuse(**settings):
         raise PermissionError(13, "Permission denied")
 
-    monkeypatch.setattr(reports.tempfile, "TemporaryFile", refuse)
+    monkeypatch.setattr(files.tempfile, "TemporaryFile", refuse)
     with pytest.raises(InputError, match=r"can be written, got .*: Permission denied"):
         check_report(tmp_path / "report.png")
 
@@ -199,7 +199,7 @@ def test_a_report_that_cannot_be_written_leaves_nothing_behind_and_the_plan_is_s
     def fail(source, target):
         raise OSError(28, "No space left on device")
 
-    monkeypatch.setattr(cli.os, "replace", fail)
+    monkeypatch.setattr(files.os, "replace", fail)
     found = planner.plan(*tiny, "64MiB", report=tmp_path / "report.html", **SETTINGS)
     assert found.budget.planned_bytes
     assert "warning: no report: cannot write" in capsys.readouterr().err
