@@ -47,8 +47,7 @@ SEARCH = $(BIN)/python -m qpkv_planner --calibration-cache runs/plans
 plans: install  ## the checked-in plans of smollm2 and tiny, searched anew (three to four hours; a study resumes what is killed)
 	mkdir -p runs/plans
 	$(SEARCH) --model smollm2 --context-length 1024 --budget 1/32,1/64,1/128 --study runs/plans/study --resume --out-dir plans
-	$(SEARCH) --model smollm2 --context-length 1024 --budget 1/16 --output plans/smollm2__1-16.yaml
-	$(SEARCH) --model smollm2 --context-length 1024 --budget 1/8 --output plans/smollm2__1-8.yaml
+	for n in 8 16; do $(SEARCH) --model smollm2 --context-length 1024 --budget 1/$$n --output plans/smollm2__1-$$n.yaml || exit 1; done
 	$(SEARCH) --model smollm2 --context-length 1024 --budget 1/4 --quick --output plans/smollm2__1-4.yaml
 	$(SEARCH) --model smollm2 --context-length 2048 --budget 1/64,1/128 --study runs/plans/study-2048 --resume --out-dir plans/2048
 	for n in 8 16 32; do $(SEARCH) --model smollm2 --context-length 2048 --budget 1/$$n --output plans/2048/smollm2__1-$$n.yaml || exit 1; done

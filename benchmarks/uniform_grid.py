@@ -115,8 +115,8 @@ def main() -> int:
     for row in rows:
         if row["setting"] == "plan":
             own, uniform = pairs[row["budget"]]
-            row["ce_less"] = _text(interval(uniform, "ce", minus=own))
-            row["exact_more"] = _text(interval(_able(own, full), "exact", minus=_able(uniform, full)))
+            row["ce_less"] = interval(uniform, "ce", minus=own).text
+            row["exact_more"] = interval(_able(own, full), "exact", minus=_able(uniform, full)).text
             row |= _closed([(own, uniform)], full)
     if len(pairs) > 1:
         rows.append({**dict.fromkeys(rows[0], ""), "setting": "all plans", **_closed(list(pairs.values()), full)})
@@ -207,11 +207,7 @@ def _share_closed(pairs: list[tuple[Losses, Losses]], full: Losses, measure: str
     with np.errstate(invalid="ignore", divide="ignore"):  # left out: a draw without a sample of some kind, or a gap
         shares = np.array([np.divide(*gains(counts[place].astype(np.float64))) for counts in drawn])
     low, high = np.percentile(shares[np.isfinite(shares)], [2.5, 97.5])
-    return _text(Interval(mean=plans / gap, low=float(low), high=float(high)))
-
-
-def _text(value: Interval) -> str:
-    return f"{value.mean:.3f} ({value.low:.3f} to {value.high:.3f})"
+    return Interval(mean=plans / gap, low=float(low), high=float(high)).text
 
 
 if __name__ == "__main__":

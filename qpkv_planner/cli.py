@@ -9,7 +9,7 @@ import sys
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from qpkv_planner.allocation import HEADS
+from qpkv_planner.allocation import DEFAULT_CONTEXT_TOKENS, HEADS
 from qpkv_planner.files import check_writable, make_folder, write_whole
 from qpkv_planner.fit import Fit, fit, memory_bytes, weights_bytes
 from qpkv_planner.grid import PAPER_WINDOW
@@ -193,13 +193,13 @@ def main(argv: list[str] | None = None) -> int:
 def _main(argv: list[str] | None) -> int:
     arguments = parser().parse_args(argv)
     _check(arguments)
-    _options(arguments)  # raises before a model is loaded
     if arguments.dry_run:
         _put(arguments, _dry_run(arguments))
         return 0
     if arguments.uniform:
         _put(arguments, _uniform(arguments))
         return 0
+    _options(arguments)  # raises before a model is loaded
     if arguments.out_dir is not None:
         return _frontier(arguments)
 
@@ -349,14 +349,17 @@ def _status(plan: Plan) -> int:
 def _fitted(arguments: argparse.Namespace, model: PreTrainedModel | None = None) -> Fit:
     """The division of --fit's memory, said on stderr. A loaded model's prefill is measured at up to the calibration
     length, and grows with the tokens; of very few it is computed."""
-    from qpkv_planner.options import check_lengths
     from qpkv_planner.uniform import known
 
     facts, measured = known(arguments.model), None
-    lengths = check_lengths(_options(arguments), facts.shape)
-    tokens = lengths.context
+    if arguments.uniform:  # no search has lengths, and torch is not loaded for theirs
+        tokens = here = arguments.context_length or min(DEFAULT_CONTEXT_TOKENS, facts.shape.max_context_tokens)
+    else:
+        from qpkv_planner.options import check_lengths
+
+        lengths = check_lengths(_options(arguments), facts.shape)
+        tokens, here = lengths.context, min(lengths.calibration, MEASURED_TOKENS)
     dtype = "bfloat16" if arguments.dtype == "auto" else arguments.dtype
-    here = min(lengths.calibration, MEASURED_TOKENS)
     if model is not None and here >= LEAST_MEASURED_TOKENS:
         from qpkv_planner.machine import measured_prefill_bytes
 

@@ -13,8 +13,7 @@ from qpkv_planner.estimate import AUTO_BUDGETS, estimate
 from qpkv_planner.fit import Fit, weights_bytes
 from qpkv_planner.grid import QUICK_FORMATS
 from qpkv_planner.machine import operations_per_second
-from qpkv_planner.options import Options, check_lengths
-from qpkv_planner.session import check_holds
+from qpkv_planner.options import Options, check_holds, check_lengths
 from qpkv_runtime.models.aliases import KnownModel
 from qpkv_runtime.plan import Decode, Scorer
 

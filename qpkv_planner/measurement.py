@@ -33,7 +33,7 @@ from qpkv_runtime.cache import PlannedCache, layer_devices, runs_on
 from qpkv_runtime.compression import CodedValues, Scoring, Selection, compress, keep
 from qpkv_runtime.errors import NumericsError
 from qpkv_runtime.ledger import LayerLedger
-from qpkv_runtime.plan import Interval, Plan, TensorFormat
+from qpkv_runtime.plan import Comparison, Interval, Plan, TensorFormat
 from qpkv_runtime.quantizers import stands_alone
 
 Objective = Literal["kl", "ce"]
@@ -146,6 +146,19 @@ def interval(losses: Losses, measure: str, minus: Losses | None = None, seed: in
     low, high = np.percentile(means, [2.5, 97.5])
     mean = float(np.mean(sums.sum(0) / counts.sum(0)))
     return Interval(mean=round(mean, 6), low=round(float(low), 6), high=round(float(high), 6))
+
+
+def compare(measure: str, full: Losses, plan: Losses, best_uniform: Losses) -> Comparison:
+    """Each one's mean of a measure, with its interval."""
+    return Comparison(
+        full=interval(full, measure), plan=interval(plan, measure), best_uniform=interval(best_uniform, measure)
+    )
+
+
+def worst_tenth(full: Losses, plan: Losses, best_uniform: Losses) -> dict[str, float]:
+    """Each one's mean cross-entropy of the worst tenth of the samples."""
+    losses = {"full": full, "plan": plan, "best_uniform": best_uniform}
+    return {name: round(one.tail("ce"), 6) for name, one in losses.items()}
 
 
 class OutOfTime(Exception):  # noqa: N818 (a reason to stop, not an error)

@@ -4,11 +4,11 @@ from __future__ import annotations
 
 from dataclasses import dataclass, replace
 
-from qpkv_planner.allocation import DEFAULT_CONTEXT_TOKENS, HEADS, SEARCHED
+from qpkv_planner.allocation import DEFAULT_CONTEXT_TOKENS, HEADS, SEARCHED, Space
 from qpkv_planner.calibration import BUILT_IN, Data
-from qpkv_planner.grid import FORMATS, QUICK_FORMATS
+from qpkv_planner.grid import FORMATS, QUICK_FORMATS, with_format
 from qpkv_planner.measurement import Objective
-from qpkv_runtime.errors import InputError
+from qpkv_runtime.errors import BudgetError, InputError
 from qpkv_runtime.models.shape import ModelShape
 from qpkv_runtime.plan import Scorer
 
@@ -129,3 +129,19 @@ def check_lengths(options: Options, shape: ModelShape) -> Lengths:
         if tokens > most:
             raise InputError(f"the {what} length must be at most the {name} length {most}, got {tokens}")
     return Lengths(context, calibration, search)
+
+
+def check_holds(space: Space, lengths: Lengths, reserve_tokens: int | None) -> None:
+    """Raise BudgetError unless some plan of the space fits, and of each shorter length that it is to be searched or
+    measured at: the reserve does not shrink with the context. reserve_tokens: its size, None for the default."""
+    with_format(space, QUICK_FORMATS[-1], reserve_tokens).check_holds(QUICK_FORMATS)
+    for option, tokens in (("--calibration-length", lengths.calibration), ("--search-length", lengths.search)):
+        if tokens == space.context_tokens:
+            continue
+        try:
+            with_format(space.at_length(tokens), QUICK_FORMATS[-1], reserve_tokens).check_holds(QUICK_FORMATS)
+        except BudgetError as error:
+            raise BudgetError(
+                f"{option} {tokens} is too short for {space.requested} of {space.context_tokens} tokens, make it "
+                f"longer, or lower --max-new-tokens: {error}"
+            ) from None

@@ -24,16 +24,15 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 from qpkv_planner.allocation import Choice, Space
 from qpkv_planner.calibration import Data, Split, make_splits
 from qpkv_planner.grid import setting_named
-from qpkv_planner.measurement import Evaluator, Losses, interval
+from qpkv_planner.measurement import Evaluator, Losses, compare, interval, worst_tenth
 from qpkv_planner.prefill import prepare
-from qpkv_planner.session import made_with
-from qpkv_planner.stages import worst_tenth
+from qpkv_planner.provenance import made_with
 from qpkv_runtime.cache import PlannedCache, check_shape, runs_on
 from qpkv_runtime.compression import Scoring
 from qpkv_runtime.errors import LedgerError, NumericsError, PlanError
 from qpkv_runtime.models import load_model, model_identity, model_shape
 from qpkv_runtime.models.options import as_planned
-from qpkv_runtime.plan import Comparison, Plan, load_plan
+from qpkv_runtime.plan import Plan, load_plan
 
 DEFAULT_MAX_REGRESSION = 0.01  # nats
 OTHER_SAMPLES = (
@@ -208,10 +207,6 @@ def record_anew(plan: Plan, loaded: Loaded, split: Split, progress: Callable[[],
     measured = measure(model, split, [plan, setting.space.plan(setting.allocation)], progress)
     losses, uniform = measured.plans
 
-    def compare(name: str) -> Comparison:
-        full, own, even = (interval(one, name) for one in (measured.full, losses, uniform))
-        return Comparison(full=full, plan=own, best_uniform=even)
-
     num_left_out = sum(len(context.samples) for context in split.contexts) - len(losses.kinds)
     calibration = record.model_copy(
         update={
@@ -224,8 +219,8 @@ def record_anew(plan: Plan, loaded: Loaded, split: Split, progress: Callable[[],
                     "unanswerable_share": round(num_left_out / (num_left_out + len(losses.kinds)), 4),
                 },
             },
-            "cross_entropy": compare("ce"),
-            "kl": compare("kl"),
+            "cross_entropy": compare("ce", measured.full, losses, uniform),
+            "kl": compare("kl", measured.full, losses, uniform),
             "improvement_on_best_uniform": interval(losses, "ce", minus=uniform),
             "loss_to_full": interval(losses, "ce", minus=measured.full),
             "worst_tenth": worst_tenth(measured.full, losses, uniform),

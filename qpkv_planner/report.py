@@ -181,10 +181,6 @@ def _signed(value: Interval) -> str:
     return f"{value.mean:+.3f} ({value.low:+.3f} to {value.high:+.3f})"
 
 
-def _interval(value: Interval) -> str:
-    return f"{value.mean:.3f} ({value.low:.3f} to {value.high:.3f})"
-
-
 def duration(seconds: float) -> str:
     return f"{seconds:.0f} s" if seconds < 100 else f"{int(seconds // 60)} min {seconds % 60:.0f} s"
 

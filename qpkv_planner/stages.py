@@ -18,10 +18,11 @@ from qpkv_planner.allocation import Allocation, Space, format_named
 from qpkv_planner.elimination import eliminate, larger, roomy
 from qpkv_planner.grid import Setting, with_format
 from qpkv_planner.knapsack import Round, additivity, improve
-from qpkv_planner.measurement import Change, Evaluator, Losses, OutOfTime, interval
-from qpkv_planner.session import LastFound, Session, made_with, scorings_of
+from qpkv_planner.measurement import Change, Evaluator, Losses, OutOfTime, compare, interval, worst_tenth
+from qpkv_planner.provenance import made_with
+from qpkv_planner.session import LastFound, Session, scorings_of
 from qpkv_runtime.errors import InputError
-from qpkv_runtime.plan import Calibration, Comparison, Plan
+from qpkv_runtime.plan import Calibration, Plan
 
 COMES_LAST = ("mean of trials", "search", "knapsack")  # of the search, latest first
 LEAST_SHARE = 4  # no layer goes below this part of the uniform setting's tokens: few contexts overfit
@@ -229,8 +230,8 @@ class Search:
             stopped=session.stopped,
             hashes={name: split.hash for name, split in session.splits.items()},
             samples=dict(session.samples),
-            cross_entropy=_compare("ce", full, losses, uniform),
-            kl=_compare("kl", full, losses, uniform),
+            cross_entropy=compare("ce", full, losses, uniform),
+            kl=compare("kl", full, losses, uniform),
             improvement_on_best_uniform=gain,
             loss_to_full=interval(losses, "ce", minus=full),
             worst_tenth=worst_tenth(full, losses, uniform),
@@ -369,18 +370,6 @@ def _under_both(losses: Losses, minus: Losses | None = None) -> Change:
 
 def _means(losses: Losses) -> dict[str, float]:
     return {"cross_entropy": losses.mean("ce"), "kl": losses.mean("kl"), "exact": losses.mean("exact")}
-
-
-def worst_tenth(full: Losses, plan: Losses, best_uniform: Losses) -> dict[str, float]:
-    """Of each, the mean cross-entropy of the worst tenth of the samples."""
-    losses = {"full": full, "plan": plan, "best_uniform": best_uniform}
-    return {name: round(one.tail("ce"), 6) for name, one in losses.items()}
-
-
-def _compare(measure: str, full: Losses, plan: Losses, uniform: Losses) -> Comparison:
-    return Comparison(
-        full=interval(full, measure), plan=interval(plan, measure), best_uniform=interval(uniform, measure)
-    )
 
 
 def _rounded(value: Any) -> Any:

@@ -355,6 +355,11 @@ class Interval(_Value):
     low: float
     high: float
 
+    @property
+    def text(self) -> str:
+        """`0.123 (0.100 to 0.150)`."""
+        return f"{self.mean:.3f} ({self.low:.3f} to {self.high:.3f})"
+
 
 class Comparison(_Value):
     """One loss in nats on the validation split, for the full cache, the plan and the best uniform setting."""

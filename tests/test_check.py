@@ -19,8 +19,9 @@ from tokenizers import normalizers
 from qpkv_planner import check, regression
 from qpkv_planner.allocation import Space, allocation_of
 from qpkv_planner.calibration import make_split
+from qpkv_planner.provenance import made_with
 from qpkv_planner.regression import Checker, measured_space, record_anew, recorded_split
-from qpkv_planner.session import describe, made_with
+from qpkv_planner.session import describe
 from qpkv_runtime import quantizers
 from qpkv_runtime.models import load_model, load_tokenizer
 from qpkv_runtime.plan import Calibration, Comparison, Decode, Interval, Scorer, load_plan

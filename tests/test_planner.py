@@ -534,6 +534,15 @@ def test_uniform_plans_of_known_models_need_no_weights(capsys, tmp_path):
     assert capsys.readouterr().out == ""
 
 
+@pytest.mark.parametrize("budget", [["--budget", "1/64"], ["--fit", "24GiB"]])
+def test_uniform_plans_wait_for_no_torch(budget):
+    arguments = ["--model", "mistral-7b", *budget, "--uniform", "snapkv:kivi:4bit"]
+    program = f"import sys; from qpkv_planner import cli; status = cli.main({arguments}); "
+    program += "sys.exit(status or int('torch' in sys.modules))"
+    done = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+
+
 def test_the_module_run_by_python_is_the_command(capsys):
     arguments = ["--model", "mistral-7b", "--budget", "1/64", "--uniform", "snapkv:kivi:4bit"]
     done = subprocess.run([sys.executable, "-m", "qpkv_planner", *arguments], capture_output=True, text=True)

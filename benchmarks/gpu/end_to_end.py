@@ -69,8 +69,8 @@ def main() -> int:
     rows.attempt({"model": name, "what": "same tokens as the reference backend"}, partial(same_tokens, name, device))
     names = ("mistral-7b",) if arguments.smoke else tuple(CONFIGS)
     for done, name in enumerate(names):
-        left = deadline - time.monotonic()
-        table_4(rows, name, device, time.monotonic() + left / (len(names) - done), arguments.smoke)
+        now = time.monotonic()
+        table_4(rows, name, device, now + (deadline - now) / (len(names) - done), arguments.smoke)
     return finish(rows)
 
 

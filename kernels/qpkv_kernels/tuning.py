@@ -1,10 +1,10 @@
 """Which launch of the decode kernel is fastest on this GPU: a short fixed list, timed once and remembered in a file.
 
 What is timed is the call that is about to be made, over its own block, as a replayed graph with a cold L2: launching it
-from Python takes longer than it runs. The answer holds for all layers of one format,
-shape, batch and size to a power of two, on one kind of GPU under the same versions; that is its key in
-`decode-launches.json`, in the folder that $QPKV_CACHE, or $XDG_CACHE_HOME/qpkv, or ~/.cache/qpkv names. Nothing is ever
-timed while a CUDA graph is captured, nor under QPKV_AUTOTUNE=0: what is not known then runs in the default launch.
+from Python takes longer than it runs. The answer holds for all layers of one format, shape, batch and size to a power
+of two, on one kind of GPU under the same versions; that is its key in `decode-launches.json`, in the folder that
+$QPKV_CACHE, or $XDG_CACHE_HOME/qpkv, or ~/.cache/qpkv names. Nothing is ever timed while a CUDA graph is captured, nor
+under QPKV_AUTOTUNE=0: what is not known then runs in the default launch.
 
 The list has not been timed on a GPU by us.
 """

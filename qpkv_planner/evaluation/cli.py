@@ -9,6 +9,7 @@ import warnings
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from qpkv_planner.files import check_writable, write_whole
 from qpkv_runtime.cli import CommandParser
 from qpkv_runtime.errors import InputError, run_command
 from qpkv_runtime.models.options import add_loading_options, as_planned, loading_options
@@ -94,8 +95,8 @@ def _main(argv: list[str] | None) -> int:
         if (value := getattr(args, name)) is not None and value < 1:
             raise InputError(f"--{name.replace('_', '-')} must be at least 1, got {value}")
     for name in ("json", "heatmap"):
-        if (path := getattr(args, name)) is not None and (path.is_dir() or not path.parent.is_dir()):
-            raise InputError(f"--{name} must be a file in an existing directory, got {path}")
+        if (path := getattr(args, name)) is not None:
+            check_writable(f"--{name}", path)
     suites = list(dict.fromkeys(args.suites.split(",")))
     for suite in suites:
         if suite not in SUITES:
@@ -225,8 +226,6 @@ def _compare(args: argparse.Namespace) -> int:
     print(comparison(differences, ("first", "second")))
     if args.json is not None:
         from dataclasses import asdict
-
-        from qpkv_planner.files import write_whole
 
         rows = [{**asdict(one), "change": one.change.model_dump()} for one in differences]
         write_whole(args.json, json.dumps({"a": args.compare[0], "b": args.compare[1], "differences": rows}) + "\n")

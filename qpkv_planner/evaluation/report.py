@@ -13,7 +13,6 @@ from qpkv_planner.evaluation.comparison import Difference, Row, bootstrap, group
 from qpkv_planner.report import need_matplotlib
 from qpkv_runtime.errors import InputError
 from qpkv_runtime.overview import table
-from qpkv_runtime.plan import Interval
 
 POSITION_BINS = (0, 4, 16, 64)  # of a continuation's tokens
 
@@ -25,17 +24,13 @@ def summary(rows: Sequence[Row]) -> str:
         cells = []
         for measure in ("score", "cross_entropy"):
             values = [row[measure] for row in own if row[measure] is not None]
-            cells.append(_interval(bootstrap(values)) if len(values) > 1 else "".join(f"{x:.3f}" for x in values))
+            cells.append(bootstrap(values).text if len(values) > 1 else "".join(f"{x:.3f}" for x in values))
         lines.append([suite, task, length, regime, str(len(own)), *cells])
     parts = ["\n".join(table(lines, left={0, 1, 3}))]
     for regime in dict.fromkeys(row["regime"] for row in rows):
         own = [row for row in rows if row["regime"] == regime]
         parts += [part for part in (_grid(own, regime), _by_position(own, regime)) if part]
     return "\n\n".join(parts)
-
-
-def _interval(value: Interval) -> str:
-    return f"{value.mean:.3f} ({value.low:.3f} to {value.high:.3f})"
 
 
 def _grid(rows: Sequence[Row], regime: str) -> str:
