@@ -34,6 +34,7 @@ CASES = [  # batch, tokens, format, spread of the heads' counts
     (1, 512, "kivi-k4g64v4g64", 1), (1, 8192, "kivi-k4g64v4g64", 1), (128, 512, "rotated-k4v4", 1),
     (128, 512, "rotated-k4v2", 1), (128, 512, "rotated-k4v4", 10), (256, 8192, "kivi-k4g64v4g64", 1),
 ]  # fmt: skip
+QUANTIZED_CACHE = "transformers QuantizedCache 4 bit"
 SMOKE_CASES = [(2, 64, "16bit", 1), (2, 64, "kivi-k4g64v4g64", 1), (2, 64, "rotated-k4v2", 10)]
 BACKENDS = {
     "flash": SDPBackend.FLASH_ATTENTION, "cudnn": SDPBackend.CUDNN_ATTENTION,
@@ -78,7 +79,7 @@ def measure(
     backends = tuple(BACKENDS) if device.type == "cuda" else ("math",)
     alike_bytes |= {f"sdpa {name}, same bytes": partial(dense, alike, name) for name in backends}
     groups = [alike_bytes, *({f"sdpa {name}, full cache of {full}": partial(dense, full, name)} for name in backends)]
-    groups.append({"transformers QuantizedCache 4 bit": partial(quantized_cache, tokens)})
+    groups.append({QUANTIZED_CACHE: partial(quantized_cache, tokens)})
     where = {"batch": batch, "tokens": tokens, "case": format, "spread": spread}
     for group in groups:  # those of a group are timed in turns, and share the memory
         made: dict[str, Made] = {}
@@ -86,7 +87,7 @@ def measure(
             wanted = 2 if is_smoke else 32
             rows.attempt({**where, "what": name}, partial(build, made, name, make, batch, device, wanted, len(group)))
         try:
-            times = timed({name: each.call for name, each in made.items()}, device, repeats) if made else {}
+            times = timed({name: each.call for name, each in made.items()}, device, repeats, (QUANTIZED_CACHE,))
         except torch.cuda.OutOfMemoryError:
             for name in made:
                 rows.add(**where, what=name, note="does not fit beside the others")

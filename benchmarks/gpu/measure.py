@@ -9,7 +9,7 @@ import statistics
 import subprocess
 import sys
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Collection
 from dataclasses import dataclass, field, replace
 from importlib import metadata
 from pathlib import Path
@@ -18,6 +18,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from qpkv_kernels.tuning import captured
 from qpkv_planner.allocation import Choice, Space, model_section
 from qpkv_runtime.compression import STORAGE_DTYPES, TierTensors, write_block
 from qpkv_runtime.ledger import LayerLedger
@@ -94,18 +95,16 @@ def _work(device: torch.device, seconds: float) -> None:
         torch.cuda.synchronize(device)
 
 
-def timed(calls: dict[str, Call], device: torch.device, repeats: int) -> dict[str, dict[str, float]]:
+def timed(
+    calls: dict[str, Call], device: torch.device, repeats: int, eager: Collection[str] = ()
+) -> dict[str, dict[str, float]]:
     """Microseconds p20, p50, p80 of each call, in turns, forwards and backwards.
 
-    On CUDA a call is captured and replayed, so that no launch is waited for; one that cannot be captured (it asks the
-    host) is timed by events as it is, and its `graph` is 0.
+    On CUDA a call is captured and replayed, so that no launch is waited for; those named in `eager`, which may ask the
+    host, are timed by events as they are, and their `graph` is 0.
     """
-    replays, graphs = dict(calls), dict.fromkeys(calls, 0.0)
-    if device.type == "cuda":
-        for name, call in calls.items():
-            replay = captured(call)
-            if replay is not None:
-                replays[name], graphs[name] = replay, 1.0
+    graphs = {name: float(device.type == "cuda" and name not in eager) for name in calls}
+    replays = {name: captured(call, device) if graphs[name] else call for name, call in calls.items()}
     times: dict[str, list[float]] = {name: [] for name in calls}
     for turn in range(repeats + 1):
         for name in list(replays) if turn % 2 else reversed(replays):
@@ -116,25 +115,6 @@ def timed(calls: dict[str, Call], device: torch.device, repeats: int) -> dict[st
         name: {**dict(zip(("p20_us", "p50_us", "p80_us"), percentiles(each), strict=True)), "graph": graphs[name]}
         for name, each in times.items()
     }
-
-
-def captured(call: Call) -> Call | None:
-    stream = torch.cuda.Stream()
-    stream.wait_stream(torch.cuda.current_stream())
-    try:
-        with torch.cuda.stream(stream):
-            call()
-            call()
-        torch.cuda.current_stream().wait_stream(stream)
-        graph = torch.cuda.CUDAGraph()
-        with torch.cuda.graph(graph):
-            call()
-    except torch.cuda.OutOfMemoryError:
-        raise
-    except RuntimeError:
-        torch.cuda.synchronize()
-        return None
-    return graph.replay
 
 
 def _seconds(call: Call, device: torch.device) -> float:

@@ -73,18 +73,26 @@ def key(layout: BlockLayout, num_rows: int, gqa: int, query_dtype: torch.dtype, 
     return f"{gpu}, {versions}, batch {num_rows}, gqa {gqa}, {query_dtype}: {shape.text}"
 
 
-def milliseconds(call: Callable[[], object], device: torch.device) -> float:
-    """The median of a call's time on a CUDA device."""
+def captured(call: Callable[[], object], device: torch.device) -> Callable[[], None]:
+    """A replay of the call as a CUDA graph, after one run that compiles and allocates. Only for calls that never wait
+    for the host: a capture that fails leaves torch's allocator unusable (before 2.12, pytorch 180395)."""
     with torch.cuda.device(device):
         stream = torch.cuda.Stream()
         stream.wait_stream(torch.cuda.current_stream())
         with torch.cuda.stream(stream):
-            call()  # compiles
+            call()
         torch.cuda.current_stream().wait_stream(stream)
         graph = torch.cuda.CUDAGraph()
         with torch.cuda.graph(graph, stream=stream):
             call()
-        median: float = do_bench(graph.replay, return_mode="median")
+    return graph.replay
+
+
+def milliseconds(call: Callable[[], object], device: torch.device) -> float:
+    """The median of a call's time on a CUDA device."""
+    replay = captured(call, device)
+    with torch.cuda.device(device):
+        median: float = do_bench(replay, return_mode="median")
     return median
 
 
