@@ -11,8 +11,9 @@ from __future__ import annotations
 import hashlib
 import json
 import random
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
+from itertools import takewhile
 from pathlib import Path
 from typing import Any, Literal
 
@@ -379,7 +380,8 @@ def _user_splits(
     tokenizer: PreTrainedTokenizerBase, data: Data, counts: Mapping[str, int], context_tokens: int, seed: int
 ) -> dict[str, Split]:
     """A user's file: jsonl with prompt and continuation (taken as they are, no chat template), or plain text cut into
-    windows. Samples of one prompt share a context; contexts go to search or validation as wholes."""
+    windows. Prompts about one document share a context, as far as that leaves enough contexts; contexts go to search or
+    validation as wholes."""
     assert data.file is not None
     try:
         content = data.file.read_bytes()
@@ -390,7 +392,7 @@ def _user_splits(
         line = content.count(b"\n", 0, error.start) + 1
         raise InputError(f"{data.file}:{line} must be UTF-8 text, got byte {content[error.start]:#x}") from None
     if data.file.suffix in (".jsonl", ".json"):
-        contexts = _from_lines(tokenizer, data.file, text, context_tokens)
+        contexts = _from_lines(tokenizer, data.file, text, context_tokens, len(counts) * 2)
     else:
         contexts = _from_text(tokenizer, text, context_tokens)
     if len(contexts) < len(counts) * 2:
@@ -404,7 +406,10 @@ def _user_splits(
     return {name: Split(name, tuple(parts[name][:count]), data.regime, data.target) for name, count in counts.items()}
 
 
-def _from_lines(tokenizer: PreTrainedTokenizerBase, file: Path, text: str, context_tokens: int) -> list[Context]:
+def _from_lines(
+    tokenizer: PreTrainedTokenizerBase, file: Path, text: str, context_tokens: int, enough: int
+) -> list[Context]:
+    """enough: contexts, where prompts are about fewer documents each has its own."""
     samples: dict[str, list[Sample]] = {}
     tokens: dict[str, list[int]] = {}
     for number, line in enumerate(text.split("\n"), 1):
@@ -438,9 +443,45 @@ def _from_lines(tokenizer: PreTrainedTokenizerBase, file: Path, text: str, conte
                 f"{file}:{number} must have at most {context_tokens} tokens, got {count}: cut it, or raise "
                 "--calibration-length"
             )
-        branch = tuple(tokens[prompt][-USER_PROMPT_TOKENS:])
-        samples.setdefault(prompt, []).append(Sample(str(row.get("kind", "user")), branch, tuple(answer)))
-    return [Context(tuple(tokens[prompt][:-USER_PROMPT_TOKENS]), tuple(own)) for prompt, own in samples.items()]
+        samples.setdefault(prompt, []).append(Sample(str(row.get("kind", "user")), (), tuple(answer)))
+    prompts = list(tokens.values())
+    documents = documents_of(prompts)
+    contexts = []
+    for document in documents if len(documents) >= enough else [[row] for row in range(len(prompts))]:
+        its = [prompts[row] for row in document]
+        shared = min(_num_shared(its), min(map(len, its)) - USER_PROMPT_TOKENS)
+        own = [
+            replace(sample, prompt=tuple(tokens[prompt][shared:]))
+            for prompt in (list(tokens)[row] for row in document)
+            for sample in samples[prompt]
+        ]
+        contexts.append(Context(tuple(its[0][:shared]), tuple(own)))
+    return contexts
+
+
+def documents_of(prompts: Sequence[Sequence[int]]) -> list[list[int]]:
+    """Which prompts, by their places, are about one document: they have half of the shorter one's tokens in common from
+    the first on."""
+    found: list[list[int]] = []
+    for row in sorted(range(len(prompts)), key=lambda row: list(prompts[row])):  # which are alike are neighbours then
+        last = prompts[found[-1][-1]] if found else ()
+        if found and 2 * _num_shared((last, prompts[row])) >= min(len(last), len(prompts[row])):
+            found[-1].append(row)
+        else:
+            found.append([row])
+    return sorted(map(sorted, found))
+
+
+def _num_shared(prompts: Sequence[Sequence[int]]) -> int:
+    """How many tokens these begin with alike."""
+    return sum(1 for _ in takewhile(lambda column: len(set(column)) == 1, zip(*prompts, strict=False)))
+
+
+def share_documents(splits: Mapping[str, Split]) -> bool:
+    """Whether two splits have contexts of one document."""
+    contexts = [(name, context.tokens) for name, split in splits.items() for context in split.contexts]
+    documents = documents_of([tokens for _, tokens in contexts])
+    return any(len({contexts[row][0] for row in document}) > 1 for document in documents)
 
 
 def _from_text(tokenizer: PreTrainedTokenizerBase, text: str, context_tokens: int) -> list[Context]:

@@ -11,6 +11,8 @@ import hashlib
 import json
 import math
 import os
+import platform
+import shutil
 import tempfile
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, fields
@@ -26,7 +28,7 @@ from torch import Tensor
 from transformers import PreTrainedModel
 
 from qpkv_planner.calibration import Split
-from qpkv_planner.machine import free_bytes
+from qpkv_planner.machine import free_bytes, is_running
 from qpkv_planner.prefill import Allocate, Prepared, PreparedLayer, Scored, in_memory, prepare
 from qpkv_runtime.cache import layer_devices, runs_on
 from qpkv_runtime.compression import Ranking, Scoring
@@ -34,6 +36,7 @@ from qpkv_runtime.errors import InputError
 from qpkv_runtime.plan import Model
 
 Place = Literal["device", "host", "disk"]
+_OURS = f"qpkv-{platform.node()}-"  # begins the names of folders that this machine's processes write in
 _DTYPES = {torch.float16: "F16", torch.bfloat16: "BF16"}
 _RANKING = tuple(field.name for field in fields(Ranking))
 _LISTS = ("name", "hash", "num_contexts", "num_unanswerable", "prompt_tokens", "inputs", "targets", "kinds", "contexts")
@@ -53,7 +56,8 @@ def load_or_prepare(
     if is_kept and path.exists():
         return _load(path, scorings, model, place)
     try:
-        with tempfile.TemporaryDirectory(prefix="qpkv-", dir=_made(path.parent) if is_kept else None) as aside:
+        beside = _swept(path.parent) if is_kept else None
+        with tempfile.TemporaryDirectory(prefix=f"{_OURS}{os.getpid()}-", dir=beside) as aside:
             banks = Path(aside) / "keys-and-values.safetensors"
             prepared = prepare(
                 model,
@@ -130,8 +134,13 @@ def _banks_of(path: Path) -> Path:
     return path.with_suffix(".kv.safetensors")
 
 
-def _made(folder: Path) -> Path:
+def _swept(folder: Path) -> Path:
+    """The folder, made if need be, without what processes of this machine were writing there when they were killed."""
     folder.mkdir(parents=True, exist_ok=True)
+    for left in folder.glob(f"{_OURS}*"):
+        process = left.name.removeprefix(_OURS).partition("-")[0]
+        if process.isdigit() and not is_running(int(process)):
+            shutil.rmtree(left, ignore_errors=True)
     return folder
 
 

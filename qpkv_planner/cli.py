@@ -28,12 +28,17 @@ if TYPE_CHECKING:
 
 MEASURED_TOKENS = 1024  # a prefill's peak is measured at, and grows with the tokens
 LEAST_MEASURED_TOKENS = 128
+OF_A_SEARCH = (  # options that a uniform setting has no use for
+    "quick", "trials", "timeout", "study", "resume", "storage", "report", "calibration", "calibration_mix", "target",
+    "calibration_cache", "calibration_length", "search_length", "prefill_memory", "objective", "sampler",
+)  # fmt: skip
 ANY_CACHE_BYTES = 2**40  # for finding out whether a budget can be read at all
 
 DESCRIPTION = """\
 Search for the plan of a model under a memory budget: how many tokens of its KV cache each layer keeps, and with how
 many bits. The plan goes to stdout as YAML; progress and results on the way go to stderr. Interrupted (Ctrl-C), the
-search writes the best plan so far, which says so, and exits with 130."""
+search writes the best plan so far, which says so, and exits with 130; with 1 when --timeout left budgets of --out-dir
+without a plan."""
 
 EXAMPLES = """\
   qpkv-plan --model smollm2 --budget 1/64 > plan.yaml
@@ -97,7 +102,7 @@ def parser() -> CommandParser:
         help="the length of the contexts that the search looks at, to save time on long ones; what it finds is "
         "stretched and measured at the calibration length (default: that length)",
     )
-    out.add_argument("--quick", action="store_true", help="a first look: fewer contexts, formats and trials")
+    out.add_argument("--quick", action="store_true", help="a first look: fewer contexts, formats and rounds")
     out.add_argument("--objective", choices=("kl", "ce"), default="kl", help="what the search minimises (default kl)")
     out.add_argument(
         "--max-new-tokens",
@@ -138,7 +143,8 @@ def parser() -> CommandParser:
         "--calibration",
         type=Path,
         metavar="FILE",
-        help="your own samples: jsonl with prompt and continuation, taken as they are, or plain text, cut into windows",
+        help="your own samples: jsonl with prompt and continuation, taken as they are (prompts of which half begins "
+        "alike are about one document), or plain text, cut into windows",
     )
     out.add_argument(
         "--calibration-mix",
@@ -251,11 +257,18 @@ def _check(arguments: argparse.Namespace) -> None:
         raise InputError(f"{arguments.study} holds a study already: add --resume to go on, or choose another folder")
     if arguments.calibration is not None and arguments.calibration_mix is not None:
         raise InputError("--calibration-mix is about the built-in samples: leave it away with --calibration")
+    if arguments.calibration is not None:
+        from qpkv_planner.calibration import hash_file
+
+        hash_file(arguments.calibration)  # raises where it cannot be read
     if arguments.output is not None:
         check_writable("--output", arguments.output)
+    if arguments.uniform:
+        for name in OF_A_SEARCH:
+            if getattr(arguments, name) != parser().get_default(name):
+                option = "--" + name.replace("_", "-")
+                raise InputError(f"{option} is of a search, and --uniform makes none: leave one of them away")
     if arguments.report is not None:
-        if arguments.uniform:
-            raise InputError("--report draws a search, and --uniform makes none: leave one of them away")
         from qpkv_planner.report import check_report
 
         check_report(arguments.report)
@@ -330,7 +343,7 @@ def _frontier(arguments: argparse.Namespace) -> int:
         points.append({"file": file, **_point(found)})
         write_whole(arguments.out_dir / "frontier.json", json.dumps(points, indent=2) + "\n")
         status = _status(found)
-    return status
+    return status or int(len(points) < len(budgets))
 
 
 def _point(plan: Plan) -> dict[str, Any]:

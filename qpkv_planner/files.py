@@ -10,11 +10,16 @@ from qpkv_runtime.errors import InputError
 
 
 def write_whole(path: Path, content: str | bytes) -> None:
-    """Write a file whole or not at all. Raises InputError when it cannot be written."""
-    temporary = path.with_name(f".{path.name}.{os.getpid()}")
+    """Write a file whole or not at all; what is there and is no file (a pipe, /dev/stdout) is written to as it is.
+    Raises InputError when it cannot be written."""
+    target, data = path.resolve(), content.encode() if isinstance(content, str) else content
+    temporary = target.with_name(f".{target.name}.{os.getpid()}")
     try:
-        temporary.write_bytes(content.encode() if isinstance(content, str) else content)
-        os.replace(temporary, path)
+        if target.exists() and not target.is_file():
+            target.write_bytes(data)
+            return
+        temporary.write_bytes(data)
+        os.replace(temporary, target)
     except OSError as error:
         temporary.unlink(missing_ok=True)
         raise InputError(f"cannot write {path}: {error.strerror}") from None

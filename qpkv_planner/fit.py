@@ -105,7 +105,7 @@ def readable(num_bytes: int) -> str:
 
 def memory_bytes(text: str, option: str) -> int:
     """`24GiB` -> bytes. Raises InputError for what is not a size."""
-    if not re.fullmatch(r"\s*[0-9.]+\s*[KMG]?i?B\s*", text, re.IGNORECASE):
+    if not re.fullmatch(r"\s*\d+(\.\d+)?\s*[KMG]?i?B\s*", text, re.IGNORECASE):
         raise InputError(f"{option} is a size such as 24GiB or 512MiB, got {text!r}")
     return limit_bytes(text, NO_CACHE_BYTES)
 

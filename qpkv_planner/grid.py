@@ -12,7 +12,7 @@ from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
 
 from qpkv_planner.allocation import PRESETS, Allocation, Space, default_reserve, format_named
-from qpkv_runtime.errors import BudgetError
+from qpkv_runtime.errors import BudgetError, InputError
 from qpkv_runtime.methods import SCORERS
 from qpkv_runtime.plan import UNIFORM, Decode, Heads, Scorer
 
@@ -71,6 +71,8 @@ def make_setting(space: Space, preset: str, format: str, max_new_tokens: int | N
         allocation = PRESETS[preset](sized, format)
         if allocation is not None:
             parts = [scorer_name(sized.scorer), preset, format, f"window {sized.window}"]
+            if sized.sinks != space.sinks:
+                parts.append(f"sinks {sized.sinks}")
             share = sized.heads_of(0).share
             if share != "uniform":
                 parts.append(f"{share} heads")
@@ -81,16 +83,23 @@ def make_setting(space: Space, preset: str, format: str, max_new_tokens: int | N
 
 
 def setting_named(space: Space, name: str) -> Setting:
-    """The setting of a name that `make_setting` gave, with as large a reserve as the space's own.
+    """The setting of a name that `make_setting` gave, with the default reserve where the space's own is that, else one
+    as large.
 
     Raises BudgetError where it does not fit.
     """
-    scorer, preset, format, _, window, *heads = name.split(" ")
+    match = re.fullmatch(r"(\S+) (\S+) (\S+) window (\d+)(?: sinks (\d+))?(?: (\w+) heads)?", name)
+    if match is None:
+        raise InputError(f"a uniform setting is named like 'snapkv uniform rotated-k4v2 window 4', got {name!r}")
+    scorer, preset, format, window, sinks, share = match.groups()
     sharing = space.heads  # measured weights are the space's own
-    if heads[:1] != ["weighted"]:
-        sharing = Heads.model_validate({"share": heads[0]}) if heads else UNIFORM
-    named = replace(space, scorer=scorer_named(scorer), window=int(window), heads=sharing)
-    made = make_setting(named, preset, format, space.decode.reserve_tokens)
+    if share != "weighted":
+        sharing = Heads.model_validate({"share": share}) if share else UNIFORM
+    sinks = space.sinks if sinks is None else int(sinks)
+    named = replace(space, scorer=scorer_named(scorer), window=int(window), sinks=sinks, heads=sharing)
+    decode = space.decode
+    is_default = decode.reserve_tokens == default_reserve(space.shape, space.limit_bytes, decode.format)
+    made = make_setting(named, preset, format, None if is_default else decode.reserve_tokens)
     if made is None:
         raise BudgetError(f"{name} does not fit into {space.requested} = {space.limit_bytes}B")
     return made

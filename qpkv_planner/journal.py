@@ -47,8 +47,16 @@ class Journal:
         if lines:
             _check_header(path, lines[0], header)
             for line in lines[1:]:
-                self.entries[_key(line["what"])] = Entry(line["stage"], line["what"], line["values"])
-        self._file = path.open("a", encoding="utf-8")
+                try:
+                    entry = Entry(line["stage"], line["what"], line["values"])
+                except KeyError:
+                    raise _not_ours(path) from None
+                self.entries[_key(entry.what)] = entry
+        self._path = path
+        try:
+            self._file = path.open("a", encoding="utf-8")
+        except OSError as error:
+            raise InputError(f"cannot write {path}: {error.strerror}") from None
         if not lines:
             self._write(header)
 
@@ -63,9 +71,12 @@ class Journal:
 
     def _write(self, line: Mapping[str, Any]) -> None:
         assert self._file is not None
-        self._file.write(json.dumps(line) + "\n")
-        self._file.flush()
-        os.fsync(self._file.fileno())
+        try:
+            self._file.write(json.dumps(line) + "\n")
+            self._file.flush()
+            os.fsync(self._file.fileno())
+        except OSError as error:
+            raise InputError(f"cannot write {self._path}: {error.strerror}: --resume goes on from there") from None
 
     def close(self) -> None:
         if self._file is not None:
@@ -86,9 +97,16 @@ def _whole_lines(path: Path) -> list[dict[str, Any]]:
         with path.open("r+b") as file:
             file.truncate(len(whole))
     try:
-        return [json.loads(line) for line in whole.splitlines()]
+        lines = [json.loads(line) for line in whole.splitlines()]
     except ValueError:
-        raise InputError(f"{path} is not a journal that qpkv-plan wrote: choose another --study") from None
+        raise _not_ours(path) from None
+    if not all(isinstance(line, dict) for line in lines):
+        raise _not_ours(path)
+    return lines
+
+
+def _not_ours(path: Path) -> InputError:
+    return InputError(f"{path} is not a journal that qpkv-plan wrote: choose another --study")
 
 
 def _check_header(path: Path, found: Mapping[str, Any], expected: Mapping[str, Any]) -> None:

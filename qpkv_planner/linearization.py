@@ -78,7 +78,16 @@ def _sample_changes(
     evaluator: Evaluator, space: Space, allocation: Allocation, parts: Sequence[int],
     alternatives: Sequence[Sequence[Choice]], objective: Objective,
 ) -> dict[str, NDArray[np.float64]]:  # fmt: skip
-    """As `sample_changes`, by layer and alternative."""
+    """As `sample_changes`, by layer and alternative. A part of the samples at a time: a backward holds what every layer
+    read of its cache."""
+    found = [_changes_of_part(evaluator, space, allocation, [part], alternatives, objective) for part in parts]
+    return {name: np.concatenate([of_part[name] for of_part in found]) for name in found[0]}
+
+
+def _changes_of_part(
+    evaluator: Evaluator, space: Space, allocation: Allocation, parts: Sequence[int],
+    alternatives: Sequence[Sequence[Choice]], objective: Objective,
+) -> dict[str, NDArray[np.float64]]:  # fmt: skip
     attended, gradients = _gradients(evaluator, space, allocation, objective, parts)
     for scale in SCALES[1:]:
         scaled = space.scaled(allocation, scale)

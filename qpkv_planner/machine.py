@@ -26,6 +26,19 @@ CONTROL_GROUP = Path("/sys/fs/cgroup")
 SHARE = "1/8"  # of the cache, for the plan that is measured under
 
 
+def is_running(process: int) -> bool:
+    """Whether this machine has a process of this number, as far as can be told."""
+    if os.name != "posix":
+        return True
+    try:
+        os.kill(process, 0)
+    except ProcessLookupError:
+        return False
+    except PermissionError:  # another user's
+        return True
+    return True
+
+
 def free_bytes(device: torch.device) -> int:
     """Memory that is free on a device; of main memory, what the system can give and the control group allows."""
     if device.type == "cuda":

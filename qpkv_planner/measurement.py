@@ -114,11 +114,11 @@ class Change(NamedTuple):
 
     @classmethod
     def of(cls, changes: NDArray[np.float64], kinds: Sequence[str]) -> Change:
-        """Of the samples' changes."""
+        """Of the samples' changes. A kind of one sample is taken to vary as all do."""
         names = np.array(kinds)
         groups = [changes[names == kind] for kind in sorted(set(kinds))]
-        variance = sum(group.var() / len(group) for group in groups) / len(groups) ** 2
-        return cls(float(np.mean([group.mean() for group in groups])), float(np.sqrt(variance)))
+        variances = [(group if len(group) > 1 else changes).var() / len(group) for group in groups]
+        return cls(float(np.mean([group.mean() for group in groups])), float(np.sqrt(sum(variances))) / len(groups))
 
     def cautious(self, num_errors: float = 1.0) -> float:
         """So many standard errors worse than its mean: a search that picks the best of many noisy changes picks noise,
@@ -256,6 +256,13 @@ class Evaluator:
             if entry.what["split"] == self.prepared.hash and "ce" in entry.values:
                 yield entry, self._of_rows(entry.values, rows_of[tuple(entry.what["samples"])])
 
+    def forget(self) -> None:
+        """Drop the blocks that were made: of another budget's plans none is made again."""
+        if self._workers is None:
+            self._forget()
+        else:
+            self._workers.run(Evaluator._forget)
+
     # --- what they are made of ---
 
     def divided(
@@ -294,6 +301,10 @@ class Evaluator:
         self.memo_bytes //= number
         self._blocks, self._coded, self._num_coded, self._held_bytes = {}, {}, {}, 0
         return self
+
+    def _forget(self) -> None:
+        self._blocks.clear()
+        self._held_bytes = sum(held.nbytes for held in self._coded.values())
 
     def forward(self, cache: PlannedCache, rows: list[int], watch: Watch | None = None) -> Tensor:
         """The inputs of these samples over their compressed prompts, all in one row -> [1, inputs, hidden].

@@ -24,7 +24,7 @@ from qpkv_planner.session import Session
 from qpkv_planner.stages import TooLittleTimeError, plan_budget
 from qpkv_runtime.attention import NAME
 from qpkv_runtime.budget import limit_bytes
-from qpkv_runtime.errors import BudgetError, InputError, UnsupportedModelError
+from qpkv_runtime.errors import BudgetError, UnsupportedModelError
 from qpkv_runtime.ledger import full_bytes
 from qpkv_runtime.models import model_shape
 from qpkv_runtime.plan import Plan
@@ -55,7 +55,7 @@ def frontier(
     **options: Any,
 ) -> Iterator[Plan]:  # fmt: skip
     """The plans of several budgets, as `plan`, largest budget first: one prefill, each search starting from the last
-    plan. Ends early, after the plan it was at, when interrupted."""
+    plan. Ends early when interrupted or out of time: after the plan it was at, where there was one to ship."""
     count = len(budgets)
     with _session(
         model, tokenizer, Options(**options), name, study, calibration_cache, report, quiet, count
@@ -66,9 +66,18 @@ def frontier(
             session.check_holds(budget)
             session.announce(budget)
         for budget in ordered:
-            yield plan_budget(session, budget)
+            try:
+                found = plan_budget(session, budget)
+            except TooLittleTimeError:
+                if not session.plans:
+                    raise
+                session.stopped = "timeout"
+                break
+            yield found
             if session.stopped:
-                return
+                break
+        if left := ordered[len(session.plans) :]:
+            session.progress.warn(f"{session.stopped}: no plan of {', '.join(left)}")
 
 
 def smallest(
@@ -77,7 +86,7 @@ def smallest(
     **options: Any,
 ) -> Plan:  # fmt: skip
     """The plan of the smallest budget found whose cross-entropy on validation exceeds the full cache's by no more than
-    `max_loss` nats at the upper end of its 95 % interval: halving from 1/2, then twice between the last two.
+    `max_loss` nats at the upper end of its 95 % interval: halving from 1/2, then between the last two.
 
     Interrupted or out of time, the smallest found so far. Raises BudgetError when even half of the cache loses more,
     TooLittleTimeError or KeyboardInterrupt when the search was stopped before that was known.
@@ -113,7 +122,7 @@ def smallest(
                 good, good_share = found, share
             else:
                 bad_share = share
-                if good is None and share < 0.5:
+                if good is None:
                     break
             if session.stopped:
                 break
@@ -149,8 +158,8 @@ def _session(
         if report is not None:
             try:
                 write_report(report, Report.of(session.plans, session.evaluators, progress.stage_seconds))
-            except InputError as error:  # the plan must not be lost with it
-                progress.warn(f"warning: no report: {error}")
+            except (Exception, KeyboardInterrupt) as error:  # the plan must not be lost with it
+                progress.warn(f"warning: no report: {error or type(error).__name__}")
     finally:
         session.journal.close()
         progress.close()

@@ -265,9 +265,11 @@ def prepare(
     allocate: makes the room for each layer's keys and values, once the first context shows where the layer runs; what
     else is remembered of the layer goes to the same device.
 
-    Questions that the full cache cannot answer are left out. Raises NumericsError when the model gives NaN.
+    num_parts: fewer where there are fewer contexts. Questions that the full cache cannot answer are left out. Raises
+    NumericsError when the model gives NaN.
     """
     parts = layer_parts(model) if any(scoring.needs_parts for scoring in scorings) else None
+    num_parts = min(num_parts, len(split.contexts))
     order = sorted(range(len(split.contexts)), key=lambda i: (i % num_parts, i))
     room = sum(len(context.tokens) + sum(len(s.prompt) for s in context.samples) for context in split.contexts)
     banks: dict[tuple[int, str], Tensor] = {}  # the room: questions that are left out would fit too
@@ -309,7 +311,7 @@ def prepare(
             f"the {split.name} split must hold something that the full cache can answer, but its loss is above "
             f"{ANSWERABLE_NATS} nat on all {sum(unanswerable.values())} samples: give other --calibration data"
         )
-    part_starts += [len(samples)] * (num_parts + 1 - len(part_starts))
+    part_starts = sorted({*part_starts, len(samples)})  # a part of which nothing is left is none
     return Prepared(
         name=split.name,
         hash=split.hash,

@@ -10,6 +10,8 @@ from __future__ import annotations
 
 import hashlib
 import json
+import os
+import platform
 import warnings
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass
@@ -22,11 +24,13 @@ from optuna.trial import TrialState
 
 from qpkv_planner.allocation import Allocation, Space, format_name, format_named
 from qpkv_planner.knapsack import next_bits
+from qpkv_planner.machine import is_running
 from qpkv_planner.measurement import Evaluator, Objective
 from qpkv_runtime.errors import InputError
 
 CLEARLY_BEHIND = 1.2  # a first part's loss above this multiple of the best trial's there ends the trial
 HEARTBEAT_SECONDS = 60  # of a database storage: a trial silent for longer belongs to a process that is gone
+PROCESS = "process"  # of a trial: the machine and process that runs it
 STARTUP_SHARE = 3  # one trial in so many is drawn before a sampler models those that are done
 SHARES = {"tau": (0.6, 1.2), "sigma": (0.0, 0.3), "floor": (0.0, 0.4)}
 STEPS = {"key_step": (-1, 1), "value_step": (-1, 1)}
@@ -90,13 +94,19 @@ def refine(
         study_name=family.name(objective, belongs_to) if storage else None,
         load_if_exists=True,
     )
-    num_known = len(study.get_trials(deepcopy=False))
+    _fail_lost(study)
     # waiting in the study, each is run by one process; who joins later does not propose what others have proposed
+    held = [trial.system_attrs.get("fixed_params", trial.params) for trial in _not_failed(study)]
     for parameters in _first_trials(num_trials if sampler == "random" else num_trials // STARTUP_SHARE, seed):
-        study.enqueue_trial(parameters, skip_if_exists=True)
-    study.sampler = _sampler(sampler, seed + num_known, is_shared=storage is not None)
+        if parameters not in held:
+            study.enqueue_trial(parameters)
+
+    def renew_sampler(*_: Any) -> None:
+        """One for each trial, so that a search that was killed proposes what it would have."""
+        study.sampler = _sampler(sampler, seed + len(_not_failed(study)), is_shared=storage is not None)
 
     def run(trial: optuna.Trial) -> float:
+        trial.set_user_attr(PROCESS, [platform.node(), os.getpid()])
         for name, (low, high) in SHARES.items():
             trial.suggest_float(name, low, high)
         for name, steps in STEPS.items():
@@ -115,13 +125,30 @@ def refine(
 
     ended = (TrialState.COMPLETE, TrialState.PRUNED)
     if len(study.get_trials(deepcopy=False, states=ended)) < num_trials:
-        study.optimize(run, callbacks=[optuna.study.MaxTrialsCallback(num_trials, states=ended)])
+        renew_sampler()
+        stop = optuna.study.MaxTrialsCallback(num_trials, states=ended)
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore", optuna.exceptions.ExperimentalWarning)  # heartbeats are, at every trial
+            study.optimize(run, callbacks=[stop, renew_sampler])
     found = []
     for trial in study.get_trials(deepcopy=False, states=(TrialState.COMPLETE,)):
         candidate = family.member(trial.params)
         if candidate is not None and trial.value is not None:
             found.append(Found(trial.value, candidate, dict(trial.params)))
     return sorted(found, key=lambda one: one.loss)
+
+
+def _fail_lost(study: optuna.Study) -> None:
+    """End the trials that a process of this machine was at when it was killed; of other machines' a database knows by
+    their heartbeats."""
+    for trial in study.get_trials(deepcopy=False, states=(TrialState.RUNNING,)):
+        node, process = trial.user_attrs.get(PROCESS, ("", 0))
+        if node == platform.node() and not is_running(process):
+            study.tell(trial.number, state=TrialState.FAIL, skip_if_finished=True)
+
+
+def _not_failed(study: optuna.Study) -> list[optuna.trial.FrozenTrial]:
+    return [trial for trial in study.get_trials(deepcopy=False) if trial.state != TrialState.FAIL]
 
 
 def _first_trials(count: int, seed: int) -> list[dict[str, float | int]]:
@@ -154,11 +181,13 @@ def open_storage(name: str | None) -> optuna.storages.BaseStorage | None:
         return None
     try:
         if "://" in name:
-            return optuna.storages.RDBStorage(
-                name,
-                heartbeat_interval=HEARTBEAT_SECONDS,
-                failed_trial_callback=optuna.storages.RetryFailedTrialCallback(),
-            )
+            with warnings.catch_warnings():
+                warnings.simplefilter("ignore")  # heartbeats are experimental, and renamed in Optuna 5
+                return optuna.storages.RDBStorage(
+                    name,
+                    heartbeat_interval=HEARTBEAT_SECONDS,
+                    failed_trial_callback=optuna.storages.RetryFailedTrialCallback(),
+                )
         return optuna.storages.JournalStorage(JournalFileBackend(name))
     except Exception as error:  # drivers and urls fail in as many ways as there are databases
         raise InputError(

@@ -18,7 +18,7 @@ from qpkv_planner.allocation import (
     Space,
     model_section,
 )
-from qpkv_planner.calibration import Context, Split, make_splits
+from qpkv_planner.calibration import Context, Split, make_splits, share_documents
 from qpkv_planner.calibration_cache import choose_places, load_or_prepare
 from qpkv_planner.estimate import duration, estimate, prefills_bytes
 from qpkv_planner.files import make_folder
@@ -79,6 +79,11 @@ class Session:
         self.splits = make_splits(
             tokenizer, counts, self.lengths.calibration, options.seed, options.data, self.lengths.search
         )
+        if options.data.file is not None and share_documents(self.splits):
+            progress.warn(
+                f"warning: {options.data.file} has fewer than {2 * len(counts)} documents: what the search sees is "
+                "also among what validation measures, and its intervals are too narrow"
+            )
         open_storage(options.storage)  # what cannot be opened says so now, not after the knapsack
         self.section = describe(
             model, tokenizer, name or model.config._name_or_path, self.splits["search"].contexts[0], options.revision
@@ -189,9 +194,9 @@ class Session:
         scorings = [*scorings, *self.announced]
         held = self.evaluators.get(split)
         if held is None or not set(scorings) <= held.prepared.scorings:
-            known = held.prepared.scorings if held else frozenset()
+            known, spent = (held.prepared.scorings, held.spent) if held else (frozenset(), 0.0)
             prepared = self._prepare(self.splits[split], list(dict.fromkeys([*known, *scorings])))
-            held = self.evaluators[split] = Evaluator(self.model, prepared, self.journal)
+            held = self.evaluators[split] = Evaluator(self.model, prepared, self.journal, spent=spent)
         held.deadline = self.deadline if is_timed else None
         return held
 

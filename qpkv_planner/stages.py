@@ -53,6 +53,8 @@ def plan_budget(session: Session, budget: str) -> Plan:
         limit, full = shipped.limit_bytes, shipped.full_bytes
         session.progress.say(f"budget {budget} of {session.lengths.context} tokens: {limit:,} of {full:,} bytes")
         plan = Search(session, shipped).run()
+        for evaluator in session.evaluators.values():
+            evaluator.forget()
     session.plans.append(plan)
     return plan
 
@@ -70,7 +72,7 @@ class Search:
         self.record: dict[str, Any] = {"context_tokens": session.lengths.search}
         self.best_uniform: Candidate | None = None
         self.candidates: list[Candidate] = []
-        self.slope = 0.0
+        self.slope: float | None = None  # not known yet
         held = session.evaluators.get("search")
         self.spent_before = 0.0 if held is None else held.spent  # on other budgets
         self.scorings = scorings_of(self.grid)
@@ -215,7 +217,7 @@ class Search:
             on_search = search_evaluator.evaluate(winner.space, winner.allocation)
             self.record["optimism"] = losses.mean(self.objective) - on_search.mean(self.objective)
         # a share of the cache is worth as much at either length
-        slope = self.slope * self.space.limit_bytes / self.shipped.limit_bytes
+        slope = None if self.slope is None else self.slope * self.space.limit_bytes / self.shipped.limit_bytes
         gain = interval(losses, "ce", minus=uniform)
         progress.say(
             f"{winner.stage} ships: cross-entropy {losses.mean('ce'):.3f} (full {full.mean('ce'):.3f}, "
@@ -238,7 +240,7 @@ class Search:
             by_kind={"full": full.by_kind(), "plan": losses.by_kind(), "best_uniform": uniform.by_kind()},
             winner=winner.stage,
             lambda_nats_per_mib=_rounded(slope),
-            beta=_rounded(lagrangian.beta(slope)),
+            beta=None if slope is None else _rounded(lagrangian.beta(slope)),
             best_uniform=finals[0][0].stage,
             versions=made_with(),
             search=_rounded(self.record),

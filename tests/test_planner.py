@@ -4,8 +4,10 @@ from __future__ import annotations
 
 import itertools
 import json
+import os
 import subprocess
 import sys
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
 
 import numpy as np
@@ -17,7 +19,8 @@ import qpkv_planner
 from qpkv_planner import cli, options
 from qpkv_planner.allocation import Choice, Space, allocation_of, uniform
 from qpkv_planner.calibration import CONTINUATION_TOKENS, FACTS, WORDS, Data, make_split, make_splits
-from qpkv_planner.grid import make_setting
+from qpkv_planner.files import write_whole
+from qpkv_planner.grid import FORMATS, make_grid, make_setting, setting_named, with_format
 from qpkv_planner.heads import measure_heads
 from qpkv_planner.knapsack import Option, _solve
 from qpkv_planner.linearization import SCALES, _gradients, _outputs, predicted_changes, sample_changes
@@ -364,6 +367,12 @@ def test_texts_have_no_exact_answer():
     assert (gain.low, gain.mean, gain.high) == (1.0, 1.0, 1.0)
 
 
+def test_a_kind_of_one_sample_is_no_certainty():
+    changes = np.array([5.0, -3.0, -3.0, 2.0])
+    alone = Change.of(changes, ["a", "b", "c", "d"])
+    assert alone.mean == 0.25 and alone.error == pytest.approx(changes.std() / 2)
+
+
 # --- search ---
 
 
@@ -424,6 +433,20 @@ def test_a_setting_that_cannot_hold_its_window_gets_a_smaller_one_by_name(space)
     made = make_setting(small, "uniform", "16bit", None)
     assert "window 8" in made.name and made.space.window == 8
     assert made.space.bytes(made.allocation) <= made.space.limit_bytes
+
+
+@pytest.mark.parametrize("budget", ["1/4", "1/16"])
+def test_a_settings_name_makes_it_again(space, budget):
+    """From the space of a plan of another format, whose reserve is of that."""
+    small = with_format(replace(space, requested=budget, window=4), "rotated-k4v2", None)
+    names = []
+    for made in make_grid(small, options.SCORERS, FORMATS, None):
+        again = setting_named(small, made.name)
+        assert (again.space, again.allocation) == (made.space, made.allocation), made.name
+        names.append(made.name)
+    assert ("sinks 2" in " ".join(names)) == (budget == "1/16")
+    with pytest.raises(InputError, match="a uniform setting is named like"):
+        setting_named(small, "the best one")
 
 
 @pytest.fixture(scope="module")
@@ -522,6 +545,24 @@ def test_bad_input_gives_one_line_status_2_and_nothing_on_stdout(arguments, mess
     out, err = capsys.readouterr()
     assert out == ""
     assert message in err and err.count("\n") == 1 and err.startswith("qpkv-plan: error: ")
+
+
+def test_what_is_there_and_is_no_file_is_written_to(tmp_path):
+    plan, link, pipe = tmp_path / "plan.yaml", tmp_path / "link.yaml", tmp_path / "pipe"
+    link.symlink_to(plan)
+    write_whole(link, "one")
+    assert link.is_symlink() and plan.read_text() == "one"
+    os.mkfifo(pipe)
+    with ThreadPoolExecutor(1) as reader:
+        read = reader.submit(pipe.read_text)
+        write_whole(pipe, "two")
+        assert read.result(10) == "two" and pipe.is_fifo()
+
+
+@pytest.mark.parametrize("option", [["--trials", "3"], ["--quick"], ["--timeout", "9"], ["--report", "a.html"]])
+def test_a_uniform_setting_has_no_use_for_a_searchs_options(option, capsys):
+    assert run("--model", "mistral-7b", "--budget", "1/64", "--uniform", "snapkv:kivi:4bit", *option) == 2
+    assert f"{option[0]} is of a search" in capsys.readouterr().err
 
 
 def test_uniform_plans_of_known_models_need_no_weights(capsys, tmp_path):

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import os
+import subprocess
 import threading
 
 import pytest
@@ -43,6 +45,18 @@ def test_a_limit_is_for_all_splits_together(tiny, capsys, monkeypatch):
     said = capsys.readouterr().err
     assert "search: prefills of about 0.0977 KiB go to device" in said
     assert "validation: prefills of about 0.0977 KiB go to disk" in said
+
+
+def test_what_a_killed_process_was_writing_goes_at_the_next_prefill(tiny, tmp_path):
+    ended = subprocess.Popen(["sleep", "0"])
+    ended.wait()
+    left, others = (tmp_path / f"{calibration_cache._OURS}{one}-x" for one in (ended.pid, os.getpid()))
+    left.mkdir()
+    others.mkdir()
+    planner.plan(
+        *tiny, "1/8", quick=True, context_tokens=320, name="tiny", quiet=True, data=FEW, calibration_cache=tmp_path
+    )
+    assert not left.exists() and others.exists() and len(list(tmp_path.glob("*.safetensors"))) == 2
 
 
 def test_losses_do_not_depend_on_where_prefills_live(tiny, tmp_path):

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import re
 import signal
 import time
@@ -17,7 +18,7 @@ from small_search import FEW, MIX, SMALLEST, Command
 
 from qpkv_planner import cli, measurement, options, planner, regression, search, session
 from qpkv_planner.allocation import Space
-from qpkv_planner.calibration import Data, make_splits
+from qpkv_planner.calibration import Data, make_splits, share_documents
 from qpkv_planner.grid import make_grid
 from qpkv_planner.journal import Journal
 from qpkv_planner.mix import FACT_KINDS, LONG_MIX, LONG_TOKENS, SHORT_MIX, parse_mix
@@ -126,12 +127,39 @@ def test_an_interrupted_search_for_the_smallest_budget_ships_what_was_proved(tin
     assert found.calibration.stopped == "interrupted" and found.calibration.measured_on == "search"
 
 
-def test_a_timeout_goes_for_every_budget_of_a_frontier(tiny):
-    plans = planner.frontier(*tiny, ["1/4", "1/8"], **SETTINGS, timeout_seconds=3600)
+def test_a_timeout_goes_for_every_budget_of_a_frontier(tiny, tmp_path, capsys):
+    report = tmp_path / "report.html"
+    plans = planner.frontier(*tiny, ["1/4", "1/8"], **SETTINGS, timeout_seconds=3600, report=report)
     assert next(plans).calibration.stopped is None
     plans.gi_frame.f_locals["session"].deadline = 0.0
-    with pytest.raises(TooLittleTimeError, match="enough to measure the uniform settings of 1/8"):
-        next(plans)
+    assert list(plans) == []
+    assert "timeout: no plan of 1/8" in capsys.readouterr().err
+    assert report.exists(), "of the plan that there is"
+
+
+def test_a_command_that_leaves_a_budget_without_a_plan_says_so_by_its_status(tiny, tmp_path, monkeypatch):
+    whole = planner.plan_budget
+
+    def first_alone(session, budget):
+        if session.plans:
+            raise TooLittleTimeError("no time")
+        return whole(session, budget)
+
+    monkeypatch.setattr(planner, "plan_budget", first_alone)
+    arguments = [*ARGUMENTS[:4], "--budget", "1/4,1/8", *ARGUMENTS[6:], "--out-dir", str(tmp_path)]
+    assert cli.main([*arguments, "--timeout", "3600"]) == 1
+    assert [path.name for path in tmp_path.glob("*.yaml")] == ["tiny__1-4.yaml"]
+
+
+@pytest.mark.parametrize("trouble", [KeyboardInterrupt(), ValueError("too large")])
+def test_a_plan_outlives_its_report(tiny, tmp_path, monkeypatch, capsys, trouble):
+    def write_report(*_):
+        raise trouble
+
+    monkeypatch.setattr(planner, "write_report", write_report)
+    plan = planner.plan(*tiny, "1/8", **SETTINGS, report=tmp_path / "report.html")
+    assert plan.calibration.stopped is None
+    assert f"no report: {trouble or 'KeyboardInterrupt'}" in capsys.readouterr().err
 
 
 def test_a_timeout_ships_a_validated_plan_that_says_so(tiny, monkeypatch):
@@ -156,9 +184,11 @@ def test_a_study_of_something_else_is_refused(tmp_path):
     Journal(path, {"model": "a", "data": "x"}).close()
     with pytest.raises(InputError, match=r"was begun with data = 'x', this run has 'y'"):
         Journal(path, {"model": "a", "data": "y"})
-    path.write_text("not json\n")
-    with pytest.raises(InputError, match="not a journal"):
-        Journal(path, {})
+    header = path.read_text().strip()
+    for line in ("not json", "5", "[1]", header + '\n{"a": 1}'):
+        path.write_text(line + "\n")
+        with pytest.raises(InputError, match="not a journal"):
+            Journal(path, {"model": "a", "data": "x"})
 
 
 def test_a_frontier_is_one_file_for_each_budget_largest_first(tmp_path, capsys):
@@ -180,13 +210,16 @@ def test_a_frontier_is_one_file_for_each_budget_largest_first(tmp_path, capsys):
     assert len(list((tmp_path / "cache").glob("*.safetensors"))) == 2
 
 
-def test_the_smallest_budget_within_a_loss_keeps_to_it(tiny, tmp_path):
+def test_the_smallest_budget_within_a_loss_keeps_to_it(tiny, tmp_path, monkeypatch):
     settings = SETTINGS | {"study": tmp_path}  # the second search replays what the first measured
     found = planner.smallest(*tiny, 0.5, **settings)
     assert found.calibration.loss_to_full.high <= 0.5
     assert found.budget.limit_bytes < found.budget.full_bytes // 4
-    with pytest.raises(BudgetError, match="stays within"):
+    tried, plan_budget = [], planner.plan_budget
+    monkeypatch.setattr(planner, "plan_budget", lambda *given: tried.append(given[1]) or plan_budget(*given))
+    with pytest.raises(BudgetError, match="no budget up to 1/2 stays within"):
         planner.smallest(*tiny, 1e-9, **settings)
+    assert tried == ["0.5"]
 
 
 def test_a_budget_that_holds_everything_gives_the_lossless_plan_with_a_warning(tiny, capsys):
@@ -259,6 +292,46 @@ def test_a_users_samples_take_the_place_of_the_built_in_ones(tiny, tmp_path):
     samples(tmp_path / "mine.jsonl", rows[:-1])
     with pytest.raises(InputError, match="its hash differs"):
         Data.of_record(found.calibration.data, data.file)
+
+
+def test_what_is_asked_of_one_document_is_one_context_of_one_split(tmp_path):
+    documents = [f"{animal} {PROMPT * 4}" for animal in ("Fox", "Owl", "Elk", "Hen", "Bat")]
+    questions = [
+        f"What, asked number {i} of those who listened to all of this, came to the old mill in the end?"
+        for i in range(3)
+    ]
+    rows = [
+        {"prompt": f"{document} {question}", "continuation": f" {document[:3]}"}
+        for question in questions
+        for document in documents
+    ]
+    data, tokenizer = Data(file=samples(tmp_path / "mine.jsonl", rows)), load_tokenizer("tiny")
+    splits = make_splits(tokenizer, {"search": 9, "validation": 9}, 320, 0, data)
+    assert not share_documents(splits)
+    contexts = [context for split in splits.values() for context in split.contexts]
+    assert len(contexts) == len(documents)
+    for context in contexts:
+        asked = [tokenizer.decode(context.tokens[1:] + sample.prompt) for sample in context.samples]
+        document = asked[0][:3]
+        assert sorted(asked) == sorted(row["prompt"] for row in rows if row["prompt"].startswith(document))
+        assert {tokenizer.decode(list(sample.continuation)) for sample in context.samples} == {f" {document}"}
+
+
+def test_a_search_on_too_few_documents_says_so(tiny, tmp_path, capsys):
+    rows = [{"prompt": f"{PROMPT * 4} case {i} came", "continuation": f" the {i} miller"} for i in range(6)]
+    data = Data(file=samples(tmp_path / "mine.jsonl", rows))
+    planner.plan(*tiny, "1/4", **SETTINGS | {"data": data})
+    assert "mine.jsonl has fewer than 4 documents" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("num_contexts", [4, 5])
+def test_a_few_windows_are_enough_for_a_search(tiny, tmp_path, num_contexts):
+    """Of fewer contexts than the search makes parts."""
+    path = tmp_path / "mine.txt"
+    tokens = load_tokenizer("tiny")(" ".join(f"{PROMPT}number {i}." for i in range(240))).input_ids
+    path.write_text(load_tokenizer("tiny").decode(tokens[: 320 * num_contexts + 9]))
+    found = planner.plan(*tiny, "1/4", **SETTINGS | {"data": Data(file=path)})
+    assert found.calibration.samples["search"]["contexts"] == 2
 
 
 @pytest.mark.parametrize(
@@ -401,6 +474,28 @@ def test_a_process_that_joins_runs_no_trial_again(tmp_path, sampler):
 
     found = refine(lambda number: refine(lambda number: None) if number == 2 else None)
     assert len(ran) == len(set(ran)) == len(found) == 9  # the first one finishes what it was at
+
+
+def test_a_trial_that_a_killed_process_was_at_is_run_again(tmp_path):
+    """And what comes of it is what would have."""
+    family = SimpleNamespace(space=None, name=lambda objective, belongs_to: "one", member=lambda given: given)
+
+    def evaluate(space, candidate, parts=None):
+        return SimpleNamespace(mean=lambda objective: 1.0 + candidate["tau"] / 10)
+
+    evaluator = SimpleNamespace(parts=[0], evaluate=evaluate)
+
+    def refine(storage, progress=lambda number: None):
+        return search.refine(evaluator, family, 6, "kl", 0, progress, storage=str(storage))
+
+    whole = refine(tmp_path / "whole.log")
+    for killed_at in (0, 3):
+        storage = tmp_path / f"killed at {killed_at}.log"
+        if (child := os.fork()) == 0:
+            refine(storage, lambda number, last=killed_at: os._exit(0) if number == last else None)
+        os.waitpid(child, 0)
+        assert refine(storage) == whole
+    assert whole[0].parameters != search.THE_KNAPSACKS in [one.parameters for one in whole]
 
 
 def test_a_storage_that_cannot_be_opened_is_refused_before_the_search(tiny, tmp_path):
