@@ -5,7 +5,8 @@
 
 Every answer is kept in --study as it comes; the same command goes on where it was stopped. Writes a row for each
 contestant, suite, task and length to benchmarks/results/tasks_<model>.csv, with hardware and commit, and prints them.
-The intervals are 95 % bootstraps over samples, the differences paired.
+The intervals are 95 % bootstraps over documents (the depths of a needle in one haystack are drawn together), the
+differences paired.
 """
 
 from __future__ import annotations
@@ -19,7 +20,7 @@ from benchmarks.where import RESULTS, where, write_rows
 from qpkv_planner.allocation import Space
 from qpkv_planner.evaluation import niah, ruler
 from qpkv_planner.evaluation.answering import Runner
-from qpkv_planner.evaluation.comparison import bootstrap, compare, groups, load_run
+from qpkv_planner.evaluation.comparison import bootstrap, cluster_of, compare, groups, load_run
 from qpkv_planner.evaluation.run import evaluate
 from qpkv_planner.evaluation.samples import Encoder, Options
 from qpkv_planner.grid import setting_named
@@ -91,8 +92,9 @@ def _rows(name: str, budget: str, run: dict[str, Any], uniform: dict[str, Any]) 
     found = []
     for group, own in groups(run["rows"]).items():
         suite, task, length, _ = group
-        score = bootstrap([row["score"] for row in own])
-        loss = bootstrap([row["cross_entropy"] for row in own])
+        clusters = [cluster_of(row) for row in own]
+        score = bootstrap([row["score"] for row in own], clusters)
+        loss = bootstrap([row["cross_entropy"] for row in own], clusters)
         change = changes[group]
         found.append(
             {

@@ -1,13 +1,15 @@
 """The command qpkv-check: have plans got worse than they were recorded to be? For a terminal, and for CI.
 
-Exit status: 0 all passed, 1 one failed, 2 bad use (also when nothing at all could be checked). The table (or one JSON
-object) goes to stdout; progress, and annotations where GitHub Actions runs it, to stderr.
+Exit status: 0 all passed, 1 one failed, 2 bad use, also when a plan could not be read or its model could not be loaded
+(the others are checked) and when nothing at all was checked. The table (or one JSON object) goes to stdout; progress,
+and annotations where GitHub Actions runs it, to stderr.
 """
 
 from __future__ import annotations
 
 import json
 import os
+import re
 import sys
 from collections.abc import Sequence
 from pathlib import Path
@@ -16,7 +18,7 @@ from xml.etree import ElementTree
 
 from qpkv_planner.files import check_writable, write_whole
 from qpkv_runtime.cli import CommandParser
-from qpkv_runtime.errors import InputError, run_command
+from qpkv_runtime.errors import InputError, QpkvError, run_command
 from qpkv_runtime.models.options import add_loading_options, loading_options
 from qpkv_runtime.overview import table
 
@@ -34,7 +36,9 @@ EXAMPLES = """\
   qpkv-check plans/*.yaml --junit check.xml --json > check.json
   qpkv-check plan.yaml --update          (records what is measured now, hashes included)
 
-exit status: 0 passed, 1 a plan failed, 2 bad use."""
+exit status: 0 passed, 1 a plan got worse, 2 bad use, or a plan that cannot be read or whose model cannot be loaded."""
+
+NOT_XML = re.compile("[^\t\n\r\x20-\ud7ff\ue000-\ufffd\U00010000-\U0010ffff]")  # no escape says these in XML 1.0
 
 
 def parser() -> CommandParser:
@@ -72,7 +76,7 @@ def _main(argv: list[str] | None) -> int:
         raise InputError("--update writes plans and reports nothing: leave --json and --junit to a check")
     files = list(dict.fromkeys(args.plans))
 
-    from qpkv_planner.regression import Checker
+    from qpkv_planner.regression import Checker, Result
 
     checker = Checker(
         files,
@@ -86,7 +90,13 @@ def _main(argv: list[str] | None) -> int:
         for file in files:
             write_whole(Path(file), checker.updated(file).to_yaml())
         return 0
-    results = [checker.result(file) for file in files]
+    results, broken = [], []
+    for file in files:
+        try:
+            results.append(checker.result(file))
+        except QpkvError as error:
+            broken.append(" ".join(str(error).split()))
+            results.append(Result(file, "failed", (broken[-1].removeprefix(f"{file}: "),)))
     if args.json:
         print(json.dumps(report(results)))
     else:
@@ -95,6 +105,8 @@ def _main(argv: list[str] | None) -> int:
         write_whole(args.junit, junit(results))
     if os.environ.get("GITHUB_ACTIONS") == "true":
         print("\n".join(github_annotations(results)), file=sys.stderr)
+    if broken:
+        raise InputError(f"{len(broken)} of {len(results)} plans could not be checked: {broken[0]}")
     if all(result.status == "skipped" for result in results):
         raise InputError(f"nothing was checked: {len(results)} of {len(results)} plans were skipped")
     return int(any(result.status == "failed" for result in results))
@@ -150,18 +162,22 @@ def junit(results: Sequence[Result]) -> str:
     )
     for result in results:
         case = ElementTree.SubElement(
-            suite, "testcase", classname="qpkv-check", name=result.file, time=f"{result.seconds:.3f}"
+            suite, "testcase", classname="qpkv-check", name=_xml(result.file), time=f"{result.seconds:.3f}"
         )
         if result.status != "passed":
             tag = "failure" if result.status == "failed" else "skipped"
-            reason = ElementTree.SubElement(case, tag, message=result.reasons[0])
-            reason.text = "\n".join(result.reasons)
+            reason = ElementTree.SubElement(case, tag, message=_xml(result.reasons[0]))
+            reason.text = _xml("\n".join(result.reasons))
         if result.notes:
-            ElementTree.SubElement(case, "system-out").text = "\n".join(result.notes)
+            ElementTree.SubElement(case, "system-out").text = _xml("\n".join(result.notes))
     suites = ElementTree.Element("testsuites")
     suites.append(suite)
     ElementTree.indent(suites)
-    return ElementTree.tostring(suites, encoding="unicode", xml_declaration=True) + "\n"
+    return str(ElementTree.tostring(suites, encoding="utf-8", xml_declaration=True), "utf-8") + "\n"
+
+
+def _xml(value: str) -> str:
+    return NOT_XML.sub("\ufffd", value)
 
 
 def github_annotations(results: Sequence[Result]) -> list[str]:

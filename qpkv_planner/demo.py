@@ -21,7 +21,7 @@ from transformers.cache_utils import Cache
 
 from qpkv_planner.allocation import Space, allocation_of
 from qpkv_planner.calibration import Context, Sample, Split, make_split
-from qpkv_planner.files import write_whole
+from qpkv_planner.files import check_writable, write_whole
 from qpkv_planner.grid import setting_named
 from qpkv_planner.measurement import Evaluator, Losses, interval
 from qpkv_planner.planner import plan as make_plan
@@ -58,6 +58,7 @@ def _main(argv: list[str] | None) -> int:
     parser.add_argument("--model", default="smollm2")
     parser.add_argument("--output", type=Path, default=Path("demo-plan.yaml"), help="where the plan is written")
     arguments = parser.parse_args(argv)
+    check_writable("--output", arguments.output)
     started = time.monotonic()
 
     _heading(f"Planning {arguments.model} at {BUDGET} of {CONTEXT_TOKENS} tokens (qpkv-plan --quick)")

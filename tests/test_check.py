@@ -256,11 +256,9 @@ def test_plans_of_the_same_samples_share_the_full_caches_work(file, one_load, mo
     ("arguments", "message"),
     [
         ([], "the following arguments are required: PLAN"),
-        (["missing.yaml"], "missing.yaml: cannot be read as a plan"),
         (["{file}", "--max-regression", "-1"], "--max-regression must be at least 0 nats, got -1.0"),
         (["{file}", "--max-regression", "nan"], "--max-regression must be at least 0 nats, got nan"),
         (["{file}", "--junit", "nowhere/check.xml"], "--junit must be a file in an existing directory"),
-        (["{file}", "--model", "no-such"], "a model is one of"),
         (["{file}", "--update", "--json"], "--update writes plans"),
     ],
 )
@@ -268,6 +266,83 @@ def test_bad_use_is_one_line_and_exit_2(file, arguments, message, capsys):
     assert check.main([argument.format(file=file) for argument in arguments] + ["--quiet"]) == 2
     out, err = capsys.readouterr()
     assert out == "" and message in err and err.startswith("qpkv-check: error: ") and err.count("\n") == 1
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["missing.yaml"], "1 of 1 plans could not be checked: missing.yaml: cannot be read as a plan"),
+        (["{file}", "--model", "no-such"], "1 of 1 plans could not be checked: a model is one of"),
+    ],
+)
+def test_a_plan_that_cannot_be_checked_has_failed_and_exits_2(file, arguments, message, capsys):
+    assert check.main([argument.format(file=file) for argument in arguments] + ["--quiet"]) == 2
+    out, err = capsys.readouterr()
+    assert ": failed: " in out and message in err and err.count("\n") == 1
+
+
+def test_a_bad_plan_does_not_keep_the_others_from_being_checked(file, one_load, tmp_path, capsys):
+    bad = tmp_path / "bad.yaml"
+    bad.write_text("version: 1\nlayers: [")
+    assert check.main([str(bad), str(file), "--json", "--junit", str(tmp_path / "check.xml"), "--quiet"]) == 2
+    out, err = capsys.readouterr()
+    first, second = json.loads(out)["plans"]
+    assert (first["status"], second["status"]) == ("failed", "passed") and second["samples"]
+    assert first["reasons"][0].startswith("not readable as YAML")
+    assert err.startswith(f"qpkv-check: error: 1 of 2 plans could not be checked: {bad}: not readable as YAML")
+    suite = ElementTree.parse(tmp_path / "check.xml").getroot()[0]
+    assert [len(case) for case in suite] == [1, 0] and suite.get("failures") == "1"
+
+
+def odd(recorded, **changes):
+    return recorded.model_copy(update={"calibration": recorded.calibration.model_copy(update=changes)})
+
+
+MIXED = {"regime": "aware", "target": "gold"}
+
+
+@pytest.mark.parametrize(
+    ("changes", "field"),
+    [
+        ({"samples": {}}, "calibration.samples.validation: missing"),
+        ({"samples": {"validation": {"contexts": 2}}}, "calibration.samples.validation.samples: missing"),
+        ({"samples": {"validation": {"samples": 9}}}, "calibration.samples.validation.contexts must be at least 1"),
+        (
+            {"samples": {"validation": {"contexts": 2, "samples": 9}, "hay": {}}},
+            "calibration.samples must be of search",
+        ),
+        ({"hashes": {}}, "calibration.hashes.validation: missing"),
+        ({"data": MIXED}, "calibration.data.mix must be what --calibration-mix takes, got None"),
+        ({"data": {**MIXED, "mix": {"nosuch": 3}}}, "calibration.data.mix must be what --calibration-mix takes"),
+        ({"data": {"mix": {"prose": 1}}}, "calibration.data.regime must be one of aware, agnostic, got None"),
+        ({"data": {**MIXED, "file": "x.jsonl"}}, "calibration.data.file_hash: missing"),
+        ({"search": {"measured_allocation": [[8, "16bit"]] * 8}}, "calibration.search's measured_allocation"),
+        ({"search": {"measured_allocation": [[8, "none"]] * 8, "measured_reserve_tokens": 8}}, "calibration.search's"),
+    ],
+)
+def test_an_odd_record_is_one_line_that_names_the_field(file, recorded, changes, field, capsys):
+    file.write_text(odd(recorded, **changes).to_yaml())
+    assert check.main([str(file), "--quiet"]) == 2
+    assert f"{file}: {field}" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("setting", ["whatever", "nosuch uniform rotated-k4v2 window 4", "snapkv none 16bit window 4"])
+def test_update_refuses_an_odd_rival(file, recorded, setting, capsys):
+    file.write_text(odd(recorded, best_uniform=setting).to_yaml())
+    assert check.main([str(file), "--update", "--quiet"]) == 2
+    assert f"{file}: calibration.best_uniform must be a setting like" in capsys.readouterr().err
+
+
+def test_a_junit_report_is_xml_whatever_a_reason_holds():
+    result = regression.Result("a\x1b[1m\udcff.yaml", "failed", ("no \x00 such \ufffe plan é",), ("\x07 note",))
+    case = ElementTree.fromstring(check.junit([result]).encode())[0][0]
+    assert case.get("name") == "a\ufffd[1m\ufffd.yaml" and case[0].text == "no \ufffd such \ufffd plan é"
+
+
+def test_plans_of_other_revisions_are_not_measured_on_the_first_ones_weights(recorded):
+    other = {"revision": "v2"}, {"weights_hash": "sha256:other"}
+    plans = [recorded.model_copy(update={"model": recorded.model.model_copy(update=one)}) for one in other]
+    assert len({regression._samples_of(plan) for plan in (recorded, *plans)}) == 3
 
 
 def test_a_plan_for_another_model_says_what_differs(file, tiny, monkeypatch, capsys):
@@ -305,6 +380,18 @@ def test_the_plugin_makes_one_test_of_each_plan_and_skips_with_the_reason(file, 
     assert "kl 0." in done.stdout and "Traceback" not in done.stdout
     assert "it has no measurements (calibrated: false)" in done.stdout
     assert "no-such-model" in done.stdout
+
+
+def test_the_plugin_looks_into_folders_and_a_folder_without_plans_is_no_pass(recorded, tmp_path):
+    bare = recorded.model_copy(update={"calibrated": False, "calibration": None}).to_yaml()
+    (tmp_path / "test_other.py").write_text("def test_other(): pass")
+    for name in ("plans/one.yaml", "plans/more/two.yml", "plans/.git/three.yaml", "none/four.txt"):
+        (tmp_path / name).parent.mkdir(parents=True, exist_ok=True)
+        (tmp_path / name).write_text(bare)
+    assert "1 passed, 2 skipped" in pytest_on(tmp_path).stdout
+    done = pytest_on(tmp_path, "--qpkv-plans", "none")
+    assert done.returncode == 4
+    assert "--qpkv-plans must hold plans (*.yaml, *.yml), and there is none in none" in done.stderr
 
 
 def test_the_plugin_needs_its_folder(tmp_path):

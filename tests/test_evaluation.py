@@ -7,16 +7,18 @@ import sys
 from collections import Counter
 from dataclasses import replace
 
+import numpy as np
 import pytest
 from conftest import has_smollm2, keep_all, make_space
 
 from qpkv_planner import harness_cli
 from qpkv_planner.evaluation import cli, longbench, niah, ruler, text
 from qpkv_planner.evaluation.answering import Runner
-from qpkv_planner.evaluation.comparison import bootstrap, compare
+from qpkv_planner.evaluation.comparison import bootstrap, compare, load_run
 from qpkv_planner.evaluation.metrics import METRICS
-from qpkv_planner.evaluation.run import evaluate
-from qpkv_planner.evaluation.samples import Encoder, Options, largest
+from qpkv_planner.evaluation.report import comparison, summary
+from qpkv_planner.evaluation.run import _Journal, evaluate
+from qpkv_planner.evaluation.samples import Encoder, Options, documents, largest
 from qpkv_planner.uniform import uniform_plan
 from qpkv_runtime.errors import InputError
 from qpkv_runtime.models import load_model, load_tokenizer
@@ -141,6 +143,22 @@ def test_text_goes_on_where_its_document_stops(encoder):
     assert text_of(encoder, encoder.tokens(whole)).strip() == whole.strip()
 
 
+def test_texts_are_of_as_many_documents_as_there_are(encoder):
+    num_documents = len(documents())
+    samples = text.make_samples(encoder, Options(lengths=(64, 128), num_samples=num_documents + 2))
+    assert Counter(s.document for s in samples if s.length == 64).most_common(3)[2][1] == 1
+    assert len({s.hash for s in samples}) == len(samples) == 2 * (num_documents + 2)
+    assert len({s.cluster for s in samples}) == num_documents
+    again, other = (text.make_samples(encoder, Options((64,), num_samples=3, seed=seed)) for seed in (0, 1))
+    assert [s.hash for s in again] == [s.hash for s in samples[:3]] != [s.hash for s in other]
+
+
+def test_needles_in_one_haystack_are_one_cluster(encoder):
+    samples = niah.make_samples(encoder, Options((512, 256), depths=(0, 50, 100), num_samples=2))
+    assert Counter(s.cluster for s in samples) == dict.fromkeys({s.cluster for s in samples[:2]}, 6)
+    assert len({s.cluster for s in samples}) == 2
+
+
 def test_the_parts_of_a_prompt_are_the_chat_templates_whole(encoder):
     context, question = encoder.prompt("A document.", " A question?", " It is")
     whole = text_of(encoder, context + question)
@@ -196,6 +214,15 @@ def test_longbench_cuts_the_middle_and_leaves_room_for_the_answer(encoder, tmp_p
     if encoder.tokenizer.chat_template is not None:
         assert "<|im_start|>" in text_of(encoder, chat.context)
         assert "<|im_start|>" not in text_of(encoder, plain.context + plain.question)
+
+
+def test_longbench_samples_of_two_files_of_a_data_set_are_two(encoder, tmp_path):
+    trec = line(dataset="trec", all_classes=["Person"], answers=["Person"])
+    files = [jsonl(tmp_path / f"{name}.jsonl", line(context=name * 99), trec) for name in "ab"]
+    samples = longbench.make_samples(encoder, Options(lengths=(400,), longbench=tuple(files)))
+    assert [s.id for s in samples] == [
+        f"longbench/{name}/400/{i}" for name, i in [("hotpotqa", 0), ("trec", 1), ("hotpotqa", 1), ("trec", 3)]
+    ]
 
 
 def test_without_middle_keeps_both_ends():
@@ -353,7 +380,34 @@ def test_an_interrupted_run_goes_on_where_it_stopped(tiny, needles, full, tmp_pa
     assert not partial.exists()
 
 
+def test_a_kill_while_the_rows_are_reopened_loses_none(tmp_path, monkeypatch):
+    arguments = (tmp_path / "run.json", {"plan": None}, [(f"h{i}", "aware") for i in range(5)])
+    journal = _Journal(*arguments)
+    for i in range(4):
+        journal.append({"id": f"s{i}", "hash": f"h{i}", "regime": "aware"})
+    journal.close()
+    whole = journal.path.read_bytes()
+    journal.path.write_bytes(whole + b'{"id": "torn')
+    monkeypatch.setattr(_Journal, "append", lambda self, row: pytest.fail("rows are written anew"))
+    again = _Journal(*arguments)
+    again.close()
+    assert len(again.rows) == 4 and again.path.read_bytes() == whole
+
+
+def test_rows_of_one_id_and_another_sample_are_not_taken_up(tiny, needles, tmp_path, monkeypatch):
+    """As earlier versions wrote them for two LongBench files."""
+    monkeypatch.setattr(Runner, "row", lambda self, sample, regime: {"id": sample.id, "hash": sample.hash,
+                                                                     "regime": regime})  # fmt: skip
+    output, partial, arguments = tmp_path / "run.json", tmp_path / "run.json.partial", {"name": "tiny", "quiet": True}
+    monkeypatch.setattr("qpkv_planner.evaluation.run._Journal.remove", lambda self: None)
+    evaluate(Runner(*tiny, None), needles, ("aware",), output=output, **arguments)
+    partial.write_text(partial.read_text().replace(needles[1].id, needles[0].id))
+    rows = evaluate(Runner(*tiny, None), needles, ("aware",), output=output, **arguments)["rows"]
+    assert [row["hash"] for row in rows] == [sample.hash for sample in needles]
+
+
 def test_runs_are_compared_in_pairs(full, tmp_path, capsys):
+    full = {**full, "rows": [{**row, "cluster": row["id"]} for row in full["rows"]]}
     worse = json.loads(json.dumps(full))
     for row in worse["rows"]:
         row["cross_entropy"] += 0.5
@@ -371,10 +425,62 @@ def test_runs_are_compared_in_pairs(full, tmp_path, capsys):
     assert "only runs of the same samples can be compared, but 1 of" in capsys.readouterr().err
 
 
+def test_samples_of_one_id_are_told_apart_by_their_hash_and_rows_without_clusters_stand_alone(full):
+    runs = [json.loads(json.dumps(full)) for _ in range(2)]
+    for run, losses in zip(runs, ((1.0, 2.0), (1.5, 2.5)), strict=True):
+        for row in run["rows"]:
+            row["id"] = "longbench/hotpotqa/384/0"  # as earlier versions named the first line of either file
+            row["cross_entropy"] = losses[row["hash"] == full["rows"][-1]["hash"]]
+    del runs[0]["rows"][0]["cluster"]
+    found = [one for one in compare(*runs, ("a", "b")) if one.measure == "cross_entropy"]
+    assert all((one.change.low, one.change.high) == (0.5, 0.5) for one in found)
+    assert {one.num_clusters for one in found} == {1}
+    for run in runs:
+        for row in run["rows"]:
+            row.pop("cluster", None)
+    assert {one.num_clusters for one in compare(*runs, ("a", "b"))} == {2}
+
+
 def test_the_bootstrap_covers_the_mean():
-    interval = bootstrap([0, 1] * 50)
+    interval = bootstrap([0, 1] * 50, list(map(str, range(100))))
     assert interval.low < interval.mean == 0.5 < interval.high
     assert interval.high - interval.low == pytest.approx(2 * 1.96 * 0.05, rel=0.15)
+
+
+def test_the_bootstrap_draws_clusters_which_may_differ_in_size():
+    values = [0.0, 1.0] * 50
+    alone = bootstrap(values, list(map(str, range(100))))
+    alike = bootstrap(np.repeat(values, 5), np.repeat(list(map(str, range(100))), 5))
+    assert (alike.low, alike.high) == (alone.low, alone.high)  # five times as many samples tell nothing more
+    uneven = bootstrap([0.0, 0.0, 0.0, 1.0], ["a", "a", "a", "b"])
+    assert (uneven.low, uneven.mean, uneven.high) == (0, 0.25, 1)
+
+
+def test_one_document_has_a_mean_and_no_interval(full):
+    worse = json.loads(json.dumps(full))
+    for row in worse["rows"]:
+        row["cross_entropy"] += 0.5
+    assert len({row["cluster"] for row in full["rows"]}) == 1  # two depths of one haystack
+    assert " to " not in summary(full["rows"])
+    shown = comparison(compare(full, worse, ("a", "b")), ("a", "b"))
+    assert "+0.500" in shown and "(+0.500" not in shown and "*" not in shown
+
+
+@pytest.mark.parametrize(
+    ("run", "message"),
+    [
+        ({"version": 1, "rows": []}, "the run lacks model"),
+        ({"version": 1, "rows": [], "model": "tiny", "plan": None}, "has no row"),
+        ({"version": 1, "rows": [{}], "model": "tiny", "plan": None}, "a row lacks category"),
+        ({"version": 1, "rows": [3], "model": "tiny", "plan": None}, "a row is not a mapping"),
+        ({"version": 1, "rows": [], "model": "tiny", "plan": {"file": "x"}}, "plan lacks planned_bytes"),
+        ([3], "is not a run of qpkv-eval"),
+    ],
+)
+def test_a_file_that_is_no_run_is_refused_in_one_line(run, message, tmp_path):
+    (tmp_path / "run.json").write_text(json.dumps(run))
+    with pytest.raises(InputError, match=message):
+        load_run(str(tmp_path / "run.json"))
 
 
 # --- the command ---------------------------------------------------------------------------------------------------

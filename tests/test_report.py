@@ -11,7 +11,7 @@ from html.parser import HTMLParser
 import pytest
 import small_search
 
-from qpkv_planner import cli, files, options, planner
+from qpkv_planner import cli, demo, files, options, planner
 from qpkv_planner import report as reports
 from qpkv_planner.report import Report, check_report, html, write_report
 from qpkv_runtime.errors import InputError
@@ -25,6 +25,20 @@ SMALL = replace(
     additivity_plans=3,
 )  # fmt: skip
 SETTINGS = {"name": "tiny", "quick": True, "quiet": True, "context_tokens": 320}
+
+
+@pytest.mark.parametrize(
+    ("seconds", "words"),
+    [(0.4, "0 s"), (99.4, "99 s"), (99.6, "1 min 40 s"), (119.7, "2 min 0 s"), (3599.5, "60 min 0 s")],
+)
+def test_a_duration_has_no_60_seconds(seconds, words):
+    assert reports.duration(seconds) == words
+
+
+def test_the_demo_looks_where_it_writes_before_it_plans(tmp_path, monkeypatch, capsys):
+    monkeypatch.setattr(demo, "load_model", lambda name: pytest.fail("a model is loaded"))
+    assert demo.main(["--output", str(tmp_path / "nowhere" / "plan.yaml")]) == 2
+    assert "--output must be a file in an existing directory" in capsys.readouterr().err
 
 
 @pytest.fixture(scope="module")

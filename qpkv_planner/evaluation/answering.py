@@ -65,6 +65,7 @@ class Runner:
             "depth": sample.depth,
             "regime": regime,
             "hash": sample.hash,
+            "cluster": sample.cluster,
             "prompt_tokens": len(ids),
             "answer": answer,
             "answers": list(sample.answers),

@@ -59,7 +59,7 @@ def parser() -> CommandParser:
         type=int,
         default=1,
         metavar="N",
-        help="per task and length; niah: per depth too; text: 8 times as many (default 1)",
+        help="per task and length, an interval needs 2; niah: at every depth; text: 8 times as many (default 1)",
     )
     out.add_argument("--limit", type=int, metavar="N", help="at most N samples of each suite, spread over it")
     out.add_argument("--seed", type=int, default=0, help="of the samples (default 0)")

@@ -1,9 +1,10 @@
-"""Means with intervals, and two runs on the same samples: paired differences, bootstrapped over samples."""
+"""Means with intervals, and two runs on the same samples: paired differences. The bootstrap draws clusters of samples:
+those of one document, at whatever length and depth, are no more independent than their document is."""
 
 from __future__ import annotations
 
 import json
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -16,6 +17,7 @@ from qpkv_runtime.plan import Interval
 
 NUM_RESAMPLES = 10_000
 MEASURES = ("score", "cross_entropy")
+ROW_KEYS = {"id", "suite", "task", "category", "length", "regime", "hash", *MEASURES}  # that a comparison reads
 
 Row = dict[str, Any]
 Group = tuple[str, str, str, str]  # suite, task or (category) or (all), length or all, regime
@@ -23,22 +25,30 @@ Group = tuple[str, str, str, str]  # suite, task or (category) or (all), length 
 
 @dataclass(frozen=True)
 class Difference:
-    """One measure of one group in two runs, and b minus a."""
+    """One measure of one group in two runs, and b minus a, whose interval says nothing where there is one cluster."""
 
     group: Group
     measure: str
     num_samples: int
+    num_clusters: int
     a: float
     b: float
     change: Interval
 
 
-def bootstrap(values: Sequence[float], seed: int = 0) -> Interval:
-    """The mean with its 95 % interval over samples."""
+def cluster_of(row: Mapping[str, Any]) -> str:
+    """The key of the rows that are drawn together; rows from before there was one stand alone."""
+    return str(row.get("cluster", row["hash"]))
+
+
+def bootstrap(values: Sequence[float], clusters: Sequence[str], seed: int = 0) -> Interval:
+    """The mean with its 95 % interval over clusters; clusters: of each value. One cluster has no spread."""
     array: NDArray[np.float64] = np.asarray(values, dtype=np.float64)
+    _, places = np.unique(clusters, return_inverse=True)
+    sums, counts = np.bincount(places, array), np.bincount(places)
     chance = np.random.default_rng(seed)
-    drawn = (chance.integers(0, len(array), (NUM_RESAMPLES // 10, len(array))) for _ in range(10))  # a tenth at a time
-    low, high = np.percentile([array[rows].mean(1) for rows in drawn], [2.5, 97.5])
+    drawn = (chance.integers(0, len(sums), (NUM_RESAMPLES // 10, len(sums))) for _ in range(10))  # a tenth at a time
+    low, high = np.percentile([sums[rows].sum(1) / counts[rows].sum(1) for rows in drawn], [2.5, 97.5])
     return Interval(mean=float(array.mean()), low=float(low), high=float(high))
 
 
@@ -68,25 +78,35 @@ def load_run(file: str) -> dict[str, Any]:
         raise InputError(f"{file}: cannot be read as a run of qpkv-eval: {error}") from None
     if not isinstance(run, dict) or not isinstance(run.get("rows"), list) or run.get("version") != 1:
         raise InputError(f"{file}: is not a run of qpkv-eval (--json writes one)")
+    sections = [("the run", run, {"model", "plan"}), *(("a row", row, ROW_KEYS) for row in run["rows"])]
+    if run.get("plan") is not None:
+        sections.append(("plan", run["plan"], {"file", "planned_bytes"}))
+    for what, section, keys in sections:
+        if not isinstance(section, dict) or keys - section.keys():
+            lacks = f"lacks {min(keys - section.keys())}" if isinstance(section, dict) else "is not a mapping"
+            raise InputError(f"{file}: is not a run of qpkv-eval (--json writes one): {what} {lacks}")
+    if not run["rows"]:
+        raise InputError(f"{file}: has no row, so there is nothing to compare")
     return run
 
 
 def compare(a: dict[str, Any], b: dict[str, Any], names: tuple[str, str]) -> list[Difference]:
     """Every group's differences, b minus a. Raises InputError unless both runs are of the very same samples."""
-    own, other = ({(row["id"], row["regime"]): row for row in run["rows"]} for run in (a, b))
+    own, other = ({(row["hash"], row["regime"]): row for row in run["rows"]} for run in (a, b))
     for rows, others, name, other_name in ((own, other, names[0], names[1]), (other, own, names[1], names[0])):
-        if missing := [key for key in rows if key not in others or others[key]["hash"] != rows[key]["hash"]]:
+        if missing := [row for key, row in rows.items() if key not in others]:
             raise InputError(
                 f"only runs of the same samples can be compared, but {len(missing)} of {name} are not in {other_name} "
-                f"({missing[0][0]}, {missing[0][1]}): use the same suites, lengths, seed and tokenizer"
+                f"({missing[0]['id']}, {missing[0]['regime']}): use the same suites, lengths, seed and tokenizer"
             )
     found = []
     for group, together in groups(a["rows"]).items():
         for measure in MEASURES:
-            pairs = [(row[measure], other[row["id"], row["regime"]][measure]) for row in together]
-            pairs = [pair for pair in pairs if None not in pair]
+            pairs = [(row, other[row["hash"], row["regime"]]) for row in together]
+            pairs = [pair for pair in pairs if None not in (pair[0][measure], pair[1][measure])]
             if pairs:
-                left, right = (float(np.mean(side)) for side in zip(*pairs, strict=True))
-                change = bootstrap([y - x for x, y in pairs])
-                found.append(Difference(group, measure, len(pairs), left, right, change))
+                left, right = (float(np.mean([row[measure] for row in side])) for side in zip(*pairs, strict=True))
+                clusters = [cluster_of({**y, **x}) for x, y in pairs]  # either run may be from before there were any
+                change = bootstrap([y[measure] - x[measure] for x, y in pairs], clusters)
+                found.append(Difference(group, measure, len(pairs), len(set(clusters)), left, right, change))
     return found

@@ -140,14 +140,21 @@ DATA_SETS = {
 
 
 def make_samples(encoder: Encoder, options: Options) -> list[Sample]:
-    """Every line of the user's files (`num_samples` does not count here), cut to each length, answer included."""
+    """Every line of the user's files (`num_samples` does not count here), cut to each length, answer included.
+
+    An index is the line's place in its file, after those of earlier files of its data set.
+    """
     if not options.longbench:
         raise InputError("longbench needs its data: give jsonl files of LongBench v1 with --longbench FILE ...")
     samples = []
+    taken: dict[str, int] = {}  # indices of each data set so far
     for file in options.longbench:
-        for index, line in enumerate(_lines(file)):
+        before = dict(taken)
+        for place, line in enumerate(_lines(file)):
             if options.tasks and line["dataset"] not in options.tasks:
                 continue
+            index = before.get(line["dataset"], 0) + place
+            taken[line["dataset"]] = index + 1
             samples += [_make_sample(encoder, options, line, index, length) for length in options.lengths]
     return samples
 

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import random
 
-from qpkv_planner.evaluation.samples import Encoder, Options, Sample, haystack, largest
+from qpkv_planner.evaluation.samples import Encoder, Options, Sample, documents, haystack, largest
 from qpkv_runtime.errors import InputError
 
 CLASSIC = "The best thing to do in San Francisco is eat a sandwich and sit in Dolores Park on a sunny day."
@@ -30,7 +30,8 @@ def make_samples(encoder: Encoder, options: Options) -> list[Sample]:
 
 def _make_sample(encoder: Encoder, options: Options, length: int, depth: int, index: int) -> Sample:
     chance = random.Random(f"niah-{options.seed}-{index}")
-    sentences = haystack(chance.randrange(1000))
+    document = chance.randrange(1000) % len(documents())
+    sentences = haystack(document)
     if options.needle == "classic":
         before, needle = "Read the text and answer the question about it.\n", CLASSIC
         question, prefix = (
@@ -52,8 +53,8 @@ def _make_sample(encoder: Encoder, options: Options, length: int, depth: int, in
 
     def prompt(num_sentences: int) -> tuple[tuple[int, ...], tuple[int, ...]]:
         at = round(num_sentences * depth / 100)
-        document = [*sentences[:at], needle, *sentences[at:num_sentences]]
-        return encoder.prompt(before + " ".join(document), question, prefix)
+        hay = [*sentences[:at], needle, *sentences[at:num_sentences]]
+        return encoder.prompt(before + " ".join(hay), question, prefix)
 
     def fits(num_sentences: int) -> bool:
         return num_sentences <= len(sentences) and sum(map(len, prompt(num_sentences))) + new_tokens <= length
@@ -71,6 +72,7 @@ def _make_sample(encoder: Encoder, options: Options, length: int, depth: int, in
         metric=metric,
         max_new_tokens=new_tokens,
         depth=depth,
+        document=document,
     )
 
 

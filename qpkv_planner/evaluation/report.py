@@ -9,7 +9,7 @@ from typing import Any
 
 import numpy as np
 
-from qpkv_planner.evaluation.comparison import Difference, Row, bootstrap, groups
+from qpkv_planner.evaluation.comparison import Difference, Row, bootstrap, cluster_of, groups
 from qpkv_planner.report import need_matplotlib
 from qpkv_runtime.errors import InputError
 from qpkv_runtime.overview import table
@@ -18,13 +18,16 @@ POSITION_BINS = (0, 4, 16, 64)  # of a continuation's tokens
 
 
 def summary(rows: Sequence[Row]) -> str:
-    """Means with 95 % intervals for every suite, task and length, the needle's grid, and text by position."""
+    """Means with 95 % intervals (where there is more than one cluster) for every suite, task and length, the needle's
+    grid, and text by position."""
     lines = [["suite", "task", "length", "regime", "samples", "score", "cross-entropy"]]
     for (suite, task, length, regime), own in groups(rows).items():
         cells = []
         for measure in ("score", "cross_entropy"):
             values = [row[measure] for row in own if row[measure] is not None]
-            cells.append(bootstrap(values).text if len(values) > 1 else "".join(f"{x:.3f}" for x in values))
+            clusters = [cluster_of(row) for row in own if row[measure] is not None]
+            mean = bootstrap(values, clusters) if values else None
+            cells.append("" if mean is None else mean.text if len(set(clusters)) > 1 else f"{mean.mean:.3f}")
         lines.append([suite, task, length, regime, str(len(own)), *cells])
     parts = ["\n".join(table(lines, left={0, 1, 3}))]
     for regime in dict.fromkeys(row["regime"] for row in rows):
@@ -116,11 +119,14 @@ def load_pyplot(what: str) -> Any:
 
 
 def comparison(differences: Sequence[Difference], names: tuple[str, str]) -> str:
-    """A table of paired differences; a star where the 95 % interval leaves out zero."""
+    """A table of paired differences, with an interval where there is more than one cluster; a star where that leaves
+    out zero."""
     lines = [["suite", "task", "length", "regime", "measure", "samples", *names, "second - first (95 %)", ""]]
     for one in differences:
-        is_clear = one.change.low > 0 or one.change.high < 0
-        change = f"{one.change.mean:+.3f} ({one.change.low:+.3f} to {one.change.high:+.3f})"
+        has_interval = one.num_clusters > 1
+        is_clear = has_interval and (one.change.low > 0 or one.change.high < 0)
+        change = f"{one.change.mean:+.3f}"
+        change += f" ({one.change.low:+.3f} to {one.change.high:+.3f})" if has_interval else ""
         lines.append(
             [*one.group, one.measure.replace("_", "-"), str(one.num_samples), f"{one.a:.3f}", f"{one.b:.3f}", change,
              "*" * is_clear]

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import os
 from collections.abc import Sequence
 from importlib.metadata import version
 from pathlib import Path
@@ -64,7 +65,7 @@ def evaluate(
                 stage = (sample.suite, sample.task)
                 progress.stage(sample.suite)
                 progress.say(f"{' '.join(stage)}: {sum((s.suite, s.task) == stage for s, _ in todo)} answers")
-            row = journal.rows.get((sample.id, regime))
+            row = journal.rows.get((sample.id, sample.hash, regime))
             if row is None:
                 if rows and rows[-1]["id"] == sample.id and (plan is None or not sample.question):
                     row = {**rows[-1], "regime": regime}  # the regimes are one
@@ -88,7 +89,7 @@ class _Journal:
 
     def __init__(self, output: Path | None, run: dict[str, Any], todo: Sequence[tuple[str, str]]) -> None:
         self.path = None if output is None else output.with_name(output.name + ".partial")
-        self.rows: dict[tuple[str, str], Row] = {}
+        self.rows: dict[tuple[str, str, str], Row] = {}
         self._file = None
         if self.path is None:
             return
@@ -97,23 +98,27 @@ class _Journal:
         whole = self._lines()
         if whole and whole[0] != {"run": name}:
             raise InputError(f"{self.path} has the beginnings of another run: delete it, or choose another --json")
-        self.rows = {(row["id"], row["regime"]): row for row in whole[1:]}
+        self.rows = {(row["id"], row["hash"], row["regime"]): row for row in whole[1:]}
         try:
-            self._file = self.path.open("w", encoding="utf-8")
+            self._file = self.path.open("a", encoding="utf-8")
         except OSError as error:
             raise InputError(f"cannot write {self.path}: {error.strerror}") from None
-        for line in ({"run": name}, *self.rows.values()):
-            self.append(line)
+        if not whole:
+            self.append({"run": name})
 
     def _lines(self) -> list[dict[str, Any]]:
-        """The lines that are there; a last one that is torn does not count."""
+        """The lines that are there, after cutting off a last one that is torn."""
         assert self.path is not None
         if not self.path.exists():
             return []
-        text = self.path.read_text(encoding="utf-8")
         try:
-            return [json.loads(line) for line in text[: text.rfind("\n") + 1].splitlines()]
-        except ValueError:
+            content = self.path.read_bytes()
+            whole = content[: content.rfind(b"\n") + 1]
+            lines = [json.loads(line) for line in whole.splitlines()]
+            if len(whole) < len(content):
+                os.truncate(self.path, len(whole))
+            return lines
+        except (OSError, ValueError):
             raise InputError(f"{self.path} cannot be read: delete it to begin anew") from None
 
     def append(self, row: Row) -> None:

@@ -33,7 +33,7 @@ class Sample:
     cross-entropy after the prompt is measured (may be empty); answers: right ones, or the parts of one, as `metric`
     of `metrics.METRICS` takes them; classes: all answers there are, for metrics that want to know; category: of tasks
     whose mean is reported too; length: tokens that were asked for; depth: per cent, for a needle; max_new_tokens: 0
-    for a sample that is only measured.
+    for a sample that is only measured; document: of the texts at hand (`documents`), where indices may share one.
     """
 
     suite: str
@@ -47,6 +47,7 @@ class Sample:
     metric: str | None = None
     max_new_tokens: int = 0
     depth: int | None = None
+    document: int | None = None
     classes: tuple[str, ...] = field(default=(), repr=False)
     category: str = ""
 
@@ -54,6 +55,11 @@ class Sample:
     def id(self) -> str:
         depth = "" if self.depth is None else f"/{self.depth}%"
         return f"{self.suite}/{self.task}/{self.length}{depth}/{self.index}"
+
+    @property
+    def cluster(self) -> str:
+        """Names what samples share that are not independent: one document at every length and depth."""
+        return f"{self.suite}/{self.task}/{self.index if self.document is None else f'document {self.document}'}"
 
     @cached_property
     def hash(self) -> str:
@@ -134,12 +140,13 @@ def largest(fits: Callable[[int], bool], low: int, what: str) -> int:
 
 
 def haystack(index: int) -> list[str]:
-    """Sentences of the test split's prose, from one document on and round; never searched or validated on."""
-    sources = _sentences()
+    """Sentences of `documents`, from one document on and round."""
+    sources = documents()
     order = [*sources[index % len(sources) :], *sources[: index % len(sources)]]
     return [sentence for source in order for sentence in source]
 
 
 @cache
-def _sentences() -> tuple[list[str], ...]:
+def documents() -> tuple[list[str], ...]:
+    """Sentences of each text of the test split's prose; never searched or validated on."""
     return tuple(texts.sentences(source) for source in texts.speeches("test") or texts.references("test"))
