@@ -64,7 +64,7 @@ def _main(argv: list[str] | None) -> int:
         file = args.study / f"{name.replace('/', '-').replace(' ', '_')}.json"
         if file.exists():
             run = load_run(str(file))
-            if {row["id"] for row in run["rows"]} != {sample.id for sample in samples}:
+            if {row["hash"] for row in run["rows"]} != {sample.hash for sample in samples}:
                 raise InputError(f"{file} has other samples' answers: choose another --study")
             return run
         print(f"{name}: {len(samples)} answers", file=sys.stderr, flush=True)
