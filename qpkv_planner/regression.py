@@ -226,7 +226,7 @@ def identity_changes(plan: Plan, model: PreTrainedModel, tokenizer: PreTrainedTo
     return [
         f"the {what} changed: {name} is {_short(identity[name])}, recorded {_short(recorded)}"
         for name, what in HASHES.items()
-        if (recorded := getattr(plan.model, name)) is not None and recorded != identity[name]
+        if (recorded := getattr(plan.model, name)) is not None and identity[name] not in (None, recorded)
     ]
 
 
@@ -277,7 +277,8 @@ def record_anew(plan: Plan, loaded: Loaded, split: Split, progress: Callable[[],
             "versions": made_with(),
         }
     )
-    section = plan.model.model_copy(update=asdict(model_identity(model, tokenizer)))
+    known = {name: digest for name, digest in asdict(model_identity(model, tokenizer)).items() if digest is not None}
+    section = plan.model.model_copy(update=known)
     return plan.model_copy(update={"model": section, "calibration": calibration})
 
 

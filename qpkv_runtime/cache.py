@@ -98,6 +98,11 @@ class _Rows:
         return self.layer_devices[layer] not in self.layer_devices[layer + 1 :]
 
 
+def _as_typed(x: Tensor) -> torch.autocast:
+    """Where x is, without the types that an autocast around the model would choose: ours are written down."""
+    return torch.autocast(x.device.type, enabled=False)
+
+
 class PlannedLayer(CacheLayerMixin):
     """One layer of a PlannedCache. prompt_tokens: each row's prompt length without padding, once compressed."""
 
@@ -164,7 +169,7 @@ class PlannedLayer(CacheLayerMixin):
         layer, num_rows, num_tokens = self.layout.layer, key.shape[0], key.shape[2]
         num_padding = num_padding or [0] * num_rows
         out = causal_attention(query, key, value, num_padding, scaling, self.sliding_window, softcap)
-        with torch.no_grad():
+        with torch.no_grad(), _as_typed(query):
             observation = observe(
                 self.scoring,
                 Prefill(
@@ -191,7 +196,8 @@ class PlannedLayer(CacheLayerMixin):
         """Attention over the packed cache; appends the new tokens."""
         counters = self.rows.counters[self.rows.layer_devices[self.layout.layer]]
         if self.step is None:
-            out = self.packed().attend(query, key, value, self.num_appended, self.prompt_tokens, scaling, softcap)
+            with _as_typed(query):
+                out = self.packed().attend(query, key, value, self.num_appended, self.prompt_tokens, scaling, softcap)
         else:
             assert self.rows.arena is not None
             with torch.no_grad():
@@ -332,7 +338,7 @@ class PlannedCache(Cache):
             self.batch_select_indices(torch.arange(self.rows.arena.num_rows).repeat_interleave(repeats))
 
     def batch_select_indices(self, indices: Tensor) -> None:
-        if self.rows.arena is None:
+        if self.rows.arena is None or not cast(PlannedLayer, self.layers[0]).is_compressed:
             return
         self.rows.select(indices)
         for layer in self.layers:

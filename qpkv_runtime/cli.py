@@ -18,7 +18,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, NoReturn, TextIO
 
 import qpkv_runtime
-from qpkv_runtime.errors import InputError, QpkvError, run_command
+from qpkv_runtime.errors import InputError, QpkvError, is_out_of_memory, run_command
 from qpkv_runtime.models.options import add_loading_options, as_planned, loading_options
 from qpkv_runtime.overview import methods_overview, methods_text, plan_overview, plan_text
 from qpkv_runtime.plan import Plan, load_plan
@@ -242,13 +242,14 @@ class _Session:
         return self.last.text
 
     def print_stats(self) -> None:
-        lines = ["no answer yet"] if self.last is None else _stats_lines(self.last, self.plan)
+        if self.last is not None:
+            lines = _stats_lines(self.last, self.plan)
+        else:
+            lines = ["the last answer did not come to its end" if self.text_so_far else "no answer yet"]
         print("\n".join(lines), file=sys.stderr, flush=True)
 
     def _encode(self, messages: list[Message]) -> Tensor:
         """int64 [1, T]. Tokenizers warn of a prompt longer than the context, which `generate` refuses: not verbose."""
-        from jinja2 import TemplateError
-
         if self.is_raw:
             encoded: Any = self.tokenizer(_raw_text(messages), return_tensors="pt", verbose=False)
         else:
@@ -260,8 +261,11 @@ class _Session:
                     return_dict=True,
                     tokenizer_kwargs={"verbose": False},
                 )
-            except TemplateError as error:
-                raise InputError(f"the chat template of {self.name} refuses this conversation: {error}") from None
+            except Exception as error:  # a template is a program of the model's, and can end in any of them
+                if is_out_of_memory(error):
+                    raise
+                reason = " ".join(str(error).split()) or type(error).__name__
+                raise InputError(f"the chat template of {self.name} refuses this conversation: {reason}") from error
         ids: Tensor = encoded["input_ids"]
         return ids
 
@@ -275,6 +279,7 @@ class _Session:
             nonlocal has_begun
             first, has_begun = not has_begun, True  # before printing, which Ctrl-C may interrupt
             if plan is not None:
+                self.last = None  # of an answer that this one takes the place of
                 self.text_so_far += text
             print(heading + text if first else text, end="", flush=True)
 
@@ -324,6 +329,10 @@ def _converse(session: _Session) -> None:
     while True:
         try:
             prompt = _read_line().strip()
+            prompt.encode()
+        except UnicodeError:
+            _say("error: a prompt must be UTF-8 text, and this line is not")
+            continue
         except EOFError:
             print(file=sys.stderr)
             return

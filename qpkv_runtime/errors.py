@@ -6,9 +6,12 @@ traceback. Anything else that escapes is our own mistake and keeps its traceback
 
 from __future__ import annotations
 
+import errno
 import os
 import sys
 from collections.abc import Callable
+from contextlib import suppress
+from io import TextIOWrapper
 
 EXIT_USAGE = 2
 EXIT_INTERRUPTED = 130  # 128 + SIGINT, as shells report it
@@ -67,10 +70,12 @@ def is_out_of_memory(error: Exception) -> bool:
 def run_command(program: str, main: Callable[[], int]) -> int:
     """Run a command's `main` and return the process's exit status.
 
-    main's own status; 2 after a QpkvError or where memory ran out (one line on stderr that begins with `program`); 130
-    when interrupted; 141 when the reader of stdout went away (quietly; stdout then points at the null device, or the
-    interpreter would complain while closing it). Any other exception passes through.
+    main's own status; 2 after a QpkvError, where memory ran out or where stdout cannot be written (one line on stderr
+    that begins with `program`); 130 when interrupted; 141 when the reader of stdout went away (quietly). Any other
+    exception passes through. What stdout's encoding lacks is written as an escape; a closed stdout or stderr is the
+    null device.
     """
+    _open_streams()
     try:
         status = main()
         sys.stdout.flush()
@@ -90,6 +95,30 @@ def run_command(program: str, main: Callable[[], int]) -> int:
     except KeyboardInterrupt:
         return EXIT_INTERRUPTED
     except BrokenPipeError:
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        _drop_stdout()
         return EXIT_BROKEN_PIPE
+    except OSError as error:
+        if error.filename is not None or error.errno not in _NOT_WRITABLE:
+            raise
+        _drop_stdout()
+        with suppress(OSError):  # stderr may be what is full
+            print(f"{program}: error: cannot write the output: {error.strerror}", file=sys.stderr)
+        return EXIT_USAGE
     return status
+
+
+_NOT_WRITABLE = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EIO, errno.EBADF)
+
+
+def _open_streams() -> None:
+    if sys.stdout is None:
+        sys.stdout = open(os.devnull, "w")  # noqa: SIM115 (for as long as the process lives)
+    if sys.stderr is None:
+        sys.stderr = open(os.devnull, "w")  # noqa: SIM115
+    if isinstance(sys.stdout, TextIOWrapper):
+        sys.stdout.reconfigure(errors="backslashreplace")
+
+
+def _drop_stdout() -> None:
+    """Point stdout at the null device, or the interpreter would complain while closing it."""
+    os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())

@@ -28,6 +28,7 @@ from qpkv_runtime.ledger import full_bytes
 from qpkv_runtime.models import model_shape
 from qpkv_runtime.plan import Plan
 
+LEAST_DIVISOR = 1e-6  # of logits, which a smaller one could make infinite
 STREAM_STEPS = 8  # between two looks at the tokens when somebody reads along
 
 
@@ -48,8 +49,8 @@ class Sampling:
 
     def __post_init__(self) -> None:
         for name in ("temperature", "repetition_penalty"):
-            if (value := getattr(self, name)) is not None and not 0 < value < float("inf"):
-                raise InputError(f"{name} must be more than 0, got {value}")
+            if (value := getattr(self, name)) is not None and not LEAST_DIVISOR <= value < float("inf"):
+                raise InputError(f"{name} must be at least {LEAST_DIVISOR}, got {value}")
         if self.top_k is not None and self.top_k < 1:
             raise InputError(f"top_k must be at least 1, got {self.top_k}")
         if self.top_p is not None and not 0 < self.top_p <= 1:
@@ -170,6 +171,8 @@ def generate(
             max_new_tokens=max_new_tokens,
             logits_processor=[watch],
             streamer=streamer,
+            tokenizer=tokenizer,  # for the model's stop strings
+            **_ONE_ANSWER,
             **_padding(model),
             **sampling.options(),
         )
@@ -189,10 +192,16 @@ def generate(
     return Answer(tuple(tokens), cast(str, tokenizer.decode(tokens, skip_special_tokens=True)), stats)
 
 
-# What a model's generation config can ask for besides a plain argmax, and the values that ask for nothing.
+# What a model's generation config is not asked about: one answer, as ids, in the cache that is given.
+_ONE_ANSWER: dict[str, Any] = {
+    "num_beams": 1, "num_return_sequences": 1, "return_dict_in_generate": False, "use_cache": True,
+    "cache_implementation": None,
+}  # fmt: skip
+
+# What it can ask for besides a plain argmax, and the values that ask for nothing.
 _PROCESSORS: dict[str, tuple[object, ...]] = {
-    "num_beams": (None, 1), "num_return_sequences": (None, 1), "repetition_penalty": (None, 1.0),
-    "encoder_repetition_penalty": (None, 1.0), "no_repeat_ngram_size": (None, 0), "min_length": (None, 0),
+    "repetition_penalty": (None, 1.0), "encoder_repetition_penalty": (None, 1.0),
+    "no_repeat_ngram_size": (None, 0), "min_length": (None, 0),
     "min_new_tokens": (None,), "bad_words_ids": (None,), "sequence_bias": (None,), "forced_bos_token_id": (None,),
     "forced_eos_token_id": (None,), "suppress_tokens": (None, []), "begin_suppress_tokens": (None, []),
     "exponential_decay_length_penalty": (None,), "guidance_scale": (None, 1.0), "watermarking_config": (None,),

@@ -89,9 +89,9 @@ class QuantizerFacts:
 
 
 _WINDOW_ATTENTION = {
-    "queries": Parameter(0, minimum=0),  # the last queries that are looked at; 0: as many as the window keeps
-    "kernel": Parameter(7, minimum=1),
-    "lead": Parameter(0, minimum=0),  # tokens by which pooling reaches further back and less far ahead
+    "queries": Parameter(0, minimum=0, maximum=2**20),  # the last that are looked at; 0: as many as the window keeps
+    "kernel": Parameter(7, minimum=1, maximum=1024),
+    "lead": Parameter(0, minimum=0, maximum=1024),  # tokens by which pooling reaches further back and less far ahead
     "pooling": Parameter("max", choices=("max", "average")),
 }
 
@@ -114,7 +114,7 @@ SCORERS: dict[str, ScorerFacts] = {
     "expected_attention": ScorerFacts(
         "arXiv 2510.00636",
         ("keys", "values", "all_queries", "rotary_embedding"),
-        {"future_tokens": Parameter(512, minimum=1), "epsilon": Parameter(0.0, minimum=0.0)},
+        {"future_tokens": Parameter(512, minimum=1, maximum=2**16), "epsilon": Parameter(0.0, minimum=0.0)},
     ),
     "random": ScorerFacts("control", ("positions",), {"seed": Parameter(0, minimum=0)}),
 }

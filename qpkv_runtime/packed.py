@@ -64,7 +64,9 @@ class PackedLayer:
             ((_, (keys, values, positions)),) = parts
             assert keys is not None and values is not None
             return keys, values, positions
-        keys, values = torch.zeros(2, *counts.shape, most, self.head_size, device=self.block.device)
+        keys, values = torch.zeros(
+            2, *counts.shape, most, self.head_size, dtype=torch.float32, device=self.block.device
+        )
         positions = torch.zeros(*counts.shape, most, dtype=torch.int32, device=self.block.device)
         for segments, read in parts:
             rows, heads = (torch.from_numpy(at[:, 0]).to(self.block.device) for at in (segments.rows, segments.heads))

@@ -38,6 +38,13 @@ from qpkv_runtime.methods import QUANTIZERS, SCORERS, SHARINGS, Axis, ParameterV
 from qpkv_runtime.models.shape import ModelShape
 
 SCHEMA_VERSION = 1
+# No model has more, and what is larger would stall the ledger or overflow the runtime's numbers.
+MOST_LAYERS = MOST_HEADS = 1024
+MOST_CHANNELS = 4096
+MOST_TOKENS = 2**20  # that a head holds
+MOST_DIVIDED_TOKENS = 2**20  # that adaptive heads share
+MOST_CONTEXT_TOKENS = 2**31 - 1
+MOST_BYTES = 2**63 - 1
 _LEDGER_RULE = "bytes_of_the_ledger"  # pydantic's name for the one mistake that has an error class of its own
 
 
@@ -54,7 +61,7 @@ class TensorFormat(_Value):
 
     quantizer: str = Field(json_schema_extra={"enum": list(QUANTIZERS)})
     bits: Literal[16, 8, 4, 3, 2, 1]
-    group: int | None = Field(default=None, ge=1)
+    group: int | None = Field(default=None, ge=1, le=MOST_TOKENS)
     outliers: float | None = Field(default=None, gt=0, le=0.5)
     threshold: float | None = Field(default=None, gt=0)
 
@@ -143,12 +150,12 @@ class Model(_Value):
     id: str
     revision: str | None = None
     model_type: str
-    num_layers: int = Field(ge=1)
-    num_query_heads: int = Field(ge=1)
-    num_kv_heads: int = Field(ge=1)
-    head_size: int = Field(ge=2)
-    max_context_tokens: int = Field(ge=1)
-    sliding_windows: tuple[Annotated[int, Field(ge=1)] | None, ...] | None = None
+    num_layers: int = Field(ge=1, le=MOST_LAYERS)
+    num_query_heads: int = Field(ge=1, le=MOST_HEADS)
+    num_kv_heads: int = Field(ge=1, le=MOST_HEADS)
+    head_size: int = Field(ge=2, le=MOST_CHANNELS)
+    max_context_tokens: int = Field(ge=1, le=MOST_CONTEXT_TOKENS)
+    sliding_windows: tuple[Annotated[int, Field(ge=1, le=MOST_CONTEXT_TOKENS)] | None, ...] | None = None
     dtype: Literal["float32", "float16", "bfloat16"]
     storage_dtype: Literal["float16", "bfloat16"]
     config_hash: str | None = None
@@ -191,10 +198,10 @@ class Budget(_Value):
     of it; planned_bytes: what the plan's arena takes, by the ledger."""
 
     requested: str
-    context_tokens: int = Field(ge=1)
-    full_bytes: int = Field(ge=1)
-    limit_bytes: int = Field(ge=1)
-    planned_bytes: int = Field(ge=1)
+    context_tokens: int = Field(ge=1, le=MOST_CONTEXT_TOKENS)
+    full_bytes: int = Field(ge=1, le=MOST_BYTES)
+    limit_bytes: int = Field(ge=1, le=MOST_BYTES)
+    planned_bytes: int = Field(ge=1, le=MOST_BYTES)
 
 
 class Scorer(_Value):
@@ -231,7 +238,7 @@ class Tier(_Value):
 
     model_config = ConfigDict(json_schema_extra=_as_pair)
 
-    tokens: int = Field(ge=1)
+    tokens: int = Field(ge=1, le=MOST_TOKENS)
     format: str
 
     @model_validator(mode="before")
@@ -343,7 +350,7 @@ class Decode(_Value):
     """What happens to generated tokens. They are written to a reserve inside the arena; when it is full, `evict`
     overwrites the oldest appended token and `stop` ends with an error."""
 
-    reserve_tokens: int = Field(ge=1)
+    reserve_tokens: int = Field(ge=1, le=MOST_TOKENS)
     format: str
     then: Literal["evict", "stop"] = "evict"
 
@@ -411,8 +418,8 @@ class Plan(_Value):
     calibrated: bool
     extrapolated: bool = False
     scorer: Scorer
-    sinks: int = Field(ge=0)
-    window: int = Field(ge=1)
+    sinks: int = Field(ge=0, le=MOST_TOKENS)
+    window: int = Field(ge=1, le=MOST_TOKENS)
     heads: Heads = UNIFORM
     formats: dict[str, Format]
     layers: tuple[Layer, ...]
@@ -488,6 +495,12 @@ class Plan(_Value):
                         f"layers.{i}.tiers: {values} groups span the heads of a layer, which must be uniform, "
                         f"got {heads.share} heads"
                     )
+                divided = self.model.num_kv_heads * tier.tokens
+                if heads.share == "adaptive" and divided > MOST_DIVIDED_TOKENS:
+                    raise ValueError(
+                        f"layers.{i}.tiers: adaptive heads divide at most {MOST_DIVIDED_TOKENS} tokens of a tier, all "
+                        f"heads together, got {divided}"
+                    )
                 quantum = quantum_tokens(self.formats[tier.format])
                 if heads.share != "uniform" and tier.tokens % quantum:
                     raise ValueError(
@@ -525,9 +538,20 @@ class Plan(_Value):
 
 
 class _Loader(yaml.SafeLoader):
-    """A safe loader that refuses a key given twice."""
+    """A safe loader that refuses a key given twice, and says where a value is not what it looks like or is tagged."""
+
+    def construct_object(self, node: yaml.Node, deep: bool = False) -> Any:
+        try:
+            return super().construct_object(node, deep)
+        except (ValueError, KeyError, AttributeError, TypeError):  # of 2020-13-45, !!bool maybe, !!timestamp x
+            kind = node.tag.removeprefix("tag:yaml.org,2002:")
+            raise PlanError(
+                f"not readable as YAML: {_short(node.value)} is no {kind} on line {node.start_mark.line + 1}"
+            ) from None
 
     def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict[Hashable, Any]:
+        if not isinstance(node, yaml.MappingNode):  # a scalar tagged as one
+            return super().construct_mapping(node, deep)
         seen = set()
         for key_node, _ in node.value:
             line = key_node.start_mark.line + 1
@@ -618,7 +642,8 @@ def _short(value: object) -> str:
     """A value as an error shows it."""
     if isinstance(value, (dict, list, tuple)):
         return f"a {'mapping' if isinstance(value, dict) else 'list'}"
-    return "null" if value is None else repr(value)
+    text = "null" if value is None else repr(value)
+    return text if len(text) <= 80 else text[:77] + "..."
 
 
 def json_schema() -> dict[str, Any]:

@@ -131,9 +131,10 @@ class Prefill:
         num_heads, num_tokens = self.key.shape[1], self.key.shape[2]
         first = num_tokens - self.query.shape[2]
         is_token = self.is_token[:, :, None]  # [B, 1, 1, T]
+        key = self.key.float()  # q . k before its scaling overflows float16
         for start in range(0, self.query.shape[2], QUERY_CHUNK):
-            query = self.query[:, :, start : start + QUERY_CHUNK].unflatten(1, (num_heads, -1))
-            logits = torch.einsum("bhgqd,bhtd->bhgqt", query, self.key).float() * self.scaling
+            query = self.query[:, :, start : start + QUERY_CHUNK].float().unflatten(1, (num_heads, -1))
+            logits = torch.einsum("bhgqd,bhtd->bhgqt", query, key) * self.scaling
             if self.softcap is not None:
                 logits = torch.tanh(logits / self.softcap) * self.softcap
             begin, count = first + start, query.shape[3]
@@ -214,7 +215,8 @@ class SnapKV:
         if num_before:
             pool, outside = (F.max_pool1d, float("-inf")) if parameters["pooling"] == "max" else (F.avg_pool1d, 0.0)
             before = before.masked_fill(prefill.positions[..., :num_before] < prefill.sinks, outside)
-            before = pool(F.pad(before, (back, kernel - 1 - back), value=outside), kernel, stride=1)
+            before = F.pad(before, (back, max(0, kernel - 1 - back)), value=outside)[..., : num_before + kernel - 1]
+            before = pool(before, kernel, stride=1)
         return torch.cat([before, window], -1).nan_to_num(neginf=0.0)
 
 

@@ -18,7 +18,7 @@ from qpkv_runtime.cache import PlannedCache, PlannedLayer
 from qpkv_runtime.errors import BudgetError, CacheError, InputError, NumericsError, PlanError, UnsupportedModelError
 from qpkv_runtime.ledger import make_ledger
 from qpkv_runtime.methods import SCORERS
-from qpkv_runtime.plan import Decode, Plan, Scorer
+from qpkv_runtime.plan import Decode, Heads, Plan, Scorer
 from qpkv_runtime.scorers import Prefill, _query_moments
 
 GREEDY = {"do_sample": False, "max_new_tokens": 24}
@@ -104,6 +104,18 @@ def test_right_padding_is_refused():
     mask[0, -9:] = 0
     with pytest.raises(InputError, match="left"):
         model(ids, attention_mask=mask, past_key_values=PlannedCache.from_plan(random_plan(model, 0), model))
+
+
+def test_padding_among_the_tokens_of_a_later_turn_is_refused():
+    model, ids = make_model("llama"), prompts(2)
+    cache = PlannedCache.from_plan(keep_all(lossless_space(model)), model)
+    mask = torch.ones(2, 75, dtype=torch.long)
+    mask[1, 70:73] = 0
+    with torch.no_grad():
+        model(ids, past_key_values=cache)
+        with pytest.raises(InputError, match="padding among the 5 new ones"):
+            model(prompts(2, 5), attention_mask=mask, past_key_values=copy.deepcopy(cache))
+        model(prompts(2, 5), attention_mask=torch.ones_like(mask), past_key_values=cache)
 
 
 def live_bytes_match(cache: PlannedCache, plan: Plan, rows: int) -> None:
@@ -214,6 +226,8 @@ def test_beams_reset_and_deepcopy_work():
     cache.reset()
     assert torch.equal(first, model.generate(ids, past_key_values=cache, **GREEDY))
     cache.reset()
+    cache.reorder_cache(torch.tensor([1, 0]))  # there is nothing to reorder yet
+    cache.batch_repeat_interleave(2)
     with torch.no_grad():
         model(ids[:, :-1], past_key_values=cache)
     copies = [copy.deepcopy(cache) for _ in range(2)]
@@ -258,6 +272,26 @@ def test_a_scorer_that_looks_at_weights_refuses_a_model_that_has_none_in_memory(
     model.get_decoder().layers[1].self_attn.o_proj = torch.nn.Identity()
     with pytest.raises(UnsupportedModelError, match="layer 1's output projection"):
         PlannedCache.from_plan(plan, model)
+
+
+def test_torchs_default_type_is_not_that_of_a_packed_cache():
+    """Heads of unlike numbers of tokens, in a format whose segments are read size by size."""
+    model, ids = make_model("llama"), prompts()
+    space = make_space(model, "1/4", heads=Heads(share="weighted", weights=(1.0, 3.0)))
+    plan = space.plan(uniform(space, "kvquant-k4v4"))
+
+    def logits():
+        cache = PlannedCache.from_plan(plan, model)
+        with torch.no_grad():
+            model(ids, past_key_values=cache)
+            return model(ids[:, :2], past_key_values=cache).logits
+
+    before = logits()
+    torch.set_default_dtype(torch.bfloat16)
+    try:
+        assert torch.equal(logits(), before)
+    finally:
+        torch.set_default_dtype(torch.float32)
 
 
 def test_crop_other_attention_and_other_shapes_give_clear_errors():
@@ -311,6 +345,41 @@ def test_without_a_cache_qpkv_attention_is_ordinary_attention(family):
         ours = model(ids, attention_mask=mask, use_cache=False).logits
         model.set_attn_implementation("eager")
         theirs = model(ids, attention_mask=mask, use_cache=False).logits
+    assert torch.allclose(ours[mask.bool()], theirs[mask.bool()], atol=2e-3)
+
+
+@pytest.mark.parametrize("quantizer", ["16bit", "kivi-k2v4", "mikv-k4v4", "rotated-k4v2"])
+def test_autocast_around_a_model_stops_at_the_packed_cache(quantizer):
+    """As long as the prompt is scored and packed, and in the packed cache's attention: the blocks are of its types."""
+    model, ids = make_model("qwen3"), prompts()
+    space = make_space(model, "80%", decode=Decode(reserve_tokens=8, format="rotated-k4v4"))
+    plan = space.plan(uniform(space, quantizer))
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        out = model.generate(ids, past_key_values=PlannedCache.from_plan(plan, model), **GREEDY)
+    assert out.shape == (2, ids.shape[1] + GREEDY["max_new_tokens"])
+
+
+def test_a_static_cache_under_qpkv_attention_gives_transformers_own_tokens(family):
+    """Its prompt is shorter than the cache, and its masks are made by `generate`, before the model."""
+    model, ids = make_model(family), prompts()
+    for num_padding in (0, 11):
+        mask = torch.ones_like(ids)
+        mask[0, :num_padding] = 0
+        ours = model.generate(ids, attention_mask=mask, cache_implementation="static", **GREEDY)
+        model.set_attn_implementation("eager")
+        theirs = model.generate(ids, attention_mask=mask, **GREEDY)
+        model.set_attn_implementation("qpkv")
+        assert torch.equal(ours, theirs)
+
+
+def test_without_a_qpkv_cache_rows_may_be_padded_on_the_right(family):
+    model, ids = make_model(family), prompts()
+    mask = torch.ones_like(ids)
+    mask[0, -11:], mask[1, :3] = 0, 0
+    with torch.no_grad():
+        ours = model(ids, attention_mask=mask).logits
+        model.set_attn_implementation("eager")
+        theirs = model(ids, attention_mask=mask).logits
     assert torch.allclose(ours[mask.bool()], theirs[mask.bool()], atol=2e-3)
 
 

@@ -154,6 +154,17 @@ def test_it_catches_changed_weights(file, tiny, monkeypatch):
     assert any(reason.startswith("the model's weights changed") for reason in checked(file).reasons)
 
 
+def test_weights_rounded_to_float16_are_not_taken_for_other_weights(recorded, tiny, monkeypatch):
+    half = load_model("tiny", dtype="float16")
+    assert recorded.model.weights_hash is not None
+    assert regression.identity_changes(recorded, *half) == []
+    anew = replace(regression.model_identity(*half), config_hash="sha256:another")
+    monkeypatch.setattr(regression, "model_identity", lambda *_: anew)
+    split = recorded_split(recorded, tiny[1])
+    section = record_anew(recorded, tiny, split).model
+    assert section.weights_hash == recorded.model.weights_hash and section.config_hash == "sha256:another"
+
+
 def test_it_catches_bytes_that_are_not_the_ledgers(file, recorded, capsys):
     planned = recorded.budget.planned_bytes
     file.write_text(file.read_text().replace(f"planned_bytes: {planned}", f"planned_bytes: {planned - 4}"))

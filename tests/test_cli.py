@@ -17,6 +17,7 @@ from collections.abc import Callable, Iterator
 from dataclasses import dataclass, replace
 from functools import cache
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -45,6 +46,7 @@ ENVIRONMENT = {
 PROMPT = "The library opened in 1921. " * 12 + "The library opened in"
 TEMPLATE = (
     "{% for m in messages %}{% if m.role == 'system' and m.content == 'refuse' %}{{ raise_exception('no') }}{% endif %}"
+    "{% if m.content == 'divide' %}{{ 1 / 0 }}{% endif %}"
     "<{{ m.role }}>{{ m.content }}\n{% endfor %}{% if add_generation_prompt %}<assistant>{% endif %}"
 )
 _load_model = cache(models.load_model)
@@ -389,6 +391,33 @@ def test_a_plan_for_another_shape_is_refused(qpkv_run: Command, plan: Path, monk
 # --- generate ------------------------------------------------------------------------------------------------------
 
 
+@pytest.mark.parametrize(
+    "setting",
+    [
+        {"num_beams": 2},
+        {"num_return_sequences": 2, "do_sample": True},
+        {"use_cache": False},
+        {"return_dict_in_generate": True},
+        {"cache_implementation": "static"},
+        {"stop_strings": ["about"]},
+    ],
+    ids=lambda setting: next(iter(setting)),
+)
+def test_a_models_generation_config_cannot_ask_for_what_is_not_one_answer(
+    setting: dict[str, Any], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    model, tokenizer = tiny()
+    ids = tokenizer("The library opened in 1921. The library", return_tensors="pt").input_ids
+    plain = generate(model, tokenizer, tiny_plan(), ids, max_new_tokens=12)
+    for name, value in setting.items():
+        monkeypatch.setattr(model.generation_config, name, value)
+    answer = generate(model, tokenizer, tiny_plan(), ids, max_new_tokens=12)
+    if "stop_strings" in setting:
+        assert answer.text == plain.text[: plain.text.index("about") + len("about")]
+    else:
+        assert answer.tokens == plain.tokens
+
+
 def test_an_answer_ends_where_the_models_context_does() -> None:
     model = make_model("llama")  # 512 tokens of context
     plan = keep_all(make_space(model, "64MiB", context_tokens=512))
@@ -451,9 +480,10 @@ def test_a_plan_for_another_model_is_refused_by_generate_too() -> None:
 @pytest.mark.parametrize(
     ("settings", "line"),
     [
-        ({"temperature": 0.0}, "temperature must be more than 0, got 0.0"),
-        ({"temperature": float("nan")}, "temperature must be more than 0, got nan"),
-        ({"repetition_penalty": -1.0}, "repetition_penalty must be more than 0, got -1.0"),
+        ({"temperature": 0.0}, "temperature must be at least 1e-06, got 0.0"),
+        ({"temperature": 1e-38}, "temperature must be at least 1e-06, got 1e-38"),
+        ({"temperature": float("nan")}, "temperature must be at least 1e-06, got nan"),
+        ({"repetition_penalty": -1.0}, "repetition_penalty must be at least 1e-06, got -1.0"),
         ({"top_k": 0}, "top_k must be at least 1, got 0"),
         ({"top_p": 1.5}, "top_p must be above 0 and at most 1, got 1.5"),
         ({"seed": -1}, "seed must be between 0 and"),
@@ -542,7 +572,7 @@ def test_an_interrupt_stops_the_answer_and_not_the_conversation(plan: Path) -> N
         terminal.type("\x03")
         terminal.read_until(r"\n> ")
         terminal.type("/stats\n")
-        assert "no answer yet" in terminal.read_until(r"\n> "), "the answer came to its end"
+        assert "the last answer did not come to its end" in terminal.read_until(r"\n> ")
         time.sleep(1)  # the prompt is written just before it is read, and an interrupt in between can be lost
         terminal.type("\x03")  # at the prompt it only starts a new line
         terminal.read_until(r"\n> ")
@@ -550,6 +580,25 @@ def test_an_interrupt_stops_the_answer_and_not_the_conversation(plan: Path) -> N
         assert terminal.status() == 0
     finally:
         terminal.close()
+
+
+def test_a_line_that_is_no_text_does_not_end_a_conversation(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Whether reading it fails or, as in the POSIX locale, gives surrogates."""
+    lines = iter([b"caf\xe9", b"caf\xe9", b"caf\xc3\xa9", b"/exit"])
+    errors = iter(["strict", "surrogateescape", "strict", "strict"])
+    monkeypatch.setattr(cli, "_read_line", lambda: next(lines).decode(errors=next(errors)))
+    answered: list[Any] = []
+    session = SimpleNamespace(
+        name="tiny",
+        plan=tiny_plan(),
+        opening=lambda prompt: [{"role": "user", "content": prompt}],
+        answer=lambda messages: answered.append(messages[-1]["content"]) or "",
+    )
+    cli._converse(session)
+    assert answered == ["café"]
+    assert capsys.readouterr().err.count("error: a prompt must be UTF-8 text, and this line is not\n") == 2
 
 
 # --- how the commands end ------------------------------------------------------------------------------------------
@@ -570,13 +619,14 @@ def test_an_interrupt_stops_the_answer_and_not_the_conversation(plan: Path) -> N
         (["--plan", "PLAN", "--prompt-file", "BINARY"], "a prompt must be UTF-8 text, and "),
         (["--plan", "PLAN", "--prompt", "x", "--max-new-tokens", "0"], "max_new_tokens must be at least 1, got 0"),
         (["--plan", "PLAN", "--prompt", "x", "--max-new-tokens", "many"], "argument --max-new-tokens: invalid int"),
-        (["--plan", "PLAN", "--prompt", "x", "--temperature", "0"], "temperature must be more than 0, got 0.0"),
+        (["--plan", "PLAN", "--prompt", "x", "--temperature", "0"], "temperature must be at least 1e-06, got 0.0"),
         (["--plan", "PLAN", "--prompt", "x", "--dtype", "int4"], "dtype must be one of auto, float32"),
         (["--plan", "PLAN", "--prompt", "x", "--device", "toaster"], "device must be auto, cpu, cuda"),
         (["--plan", "PLAN", "--prompt", "x", "--model", "no-such-model"], "a model is one of tiny, smollm2"),
         (["--plan", "PLAN", "--prompt", "x", "--raw", "--system", "y"], "--system needs a chat template, and --raw"),
         (["--plan", "PLAN", "--prompt", "x", "--system", "y"], "--system needs a chat template, and tiny has none"),
         (["--plan", "PLAN", "--prompt", "x", "--model", "CHATTY", "--system", "refuse"], "the chat template of "),
+        (["--plan", "PLAN", "--prompt", "x", "--model", "CHATTY", "--system", "divide"], "the chat template of "),
         (["--plan", "PLAN", "--raw", "--prompt", "LONG"], "prompt and answer must fit the model's context of 4096"),
     ],
     ids=lambda value: " ".join(value) if isinstance(value, list) else "",

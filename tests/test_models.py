@@ -3,10 +3,13 @@
 from __future__ import annotations
 
 import argparse
+import copy
 import json
 import os
 import subprocess
 import sys
+from collections.abc import Callable
+from functools import partial
 from importlib import metadata
 from pathlib import Path
 
@@ -35,6 +38,7 @@ from qpkv_runtime.models import (
     load_tokenizer,
     model_identity,
     model_shape,
+    weights_warning,
 )
 from qpkv_runtime.models.options import add_loading_options, as_planned, loading_options
 from qpkv_runtime.models.resolve import SMOLLM2_PACKAGE, SMOLLM2_VERSION, resolve
@@ -107,6 +111,14 @@ def test_a_directory_goes_before_a_hub_id(tmp_path: Path, monkeypatch: pytest.Mo
 )
 def test_what_cannot_be_a_model_gets_its_own_line(model: str, line: str) -> None:
     with pytest.raises(ModelNotFoundError, match=line):
+        resolve(model)
+
+
+@pytest.mark.parametrize(
+    ("model", "reason"), [("~nosuchuser/x", "home directory"), ("a" * 5000, "File name too long")], ids=["user", "long"]
+)
+def test_what_cannot_be_a_path_is_refused(model: str, reason: str) -> None:
+    with pytest.raises(InputError, match=f"cannot look for a model at .*{reason}"):
         resolve(model)
 
 
@@ -185,8 +197,9 @@ def test_what_is_no_gguf_file_is_refused(gguf: Path) -> None:
         resolve(str(gguf))
 
 
-def test_a_damaged_gguf_file_is_refused_and_leaves_nothing(gguf: Path) -> None:
-    gguf.write_bytes(b"GGUF\x03\x00\x00\x00\x01")
+@pytest.mark.parametrize("rest", [b"\x01", b"\xff" * 64], ids=["struct.error", "OSError"])
+def test_a_damaged_gguf_file_is_refused_and_leaves_nothing(gguf: Path, rest: bytes) -> None:
+    gguf.write_bytes(b"GGUF\x03\x00\x00\x00" + rest)
     with pytest.raises(UnsupportedModelError, match="cannot read"):
         resolve(str(gguf))
     assert list((convert.cache_folder() / "models").iterdir()) == []
@@ -256,6 +269,8 @@ def test_what_is_known_of_tiny_is_what_loads(tiny: PreTrainedModel) -> None:
     [
         ({"dtype": "int8"}, "dtype must be one of auto, float32, float16, bfloat16, got 'int8'"),
         ({"device": "gpu"}, "device must be auto, cpu, cuda or cuda:N, got 'gpu'"),
+        ({"device": "mps"}, "device must be auto, cpu, cuda or cuda:N, got 'mps'"),
+        ({"device": "meta"}, "device must be auto, cpu, cuda or cuda:N, got 'meta'"),
     ],
 )
 def test_bad_options_are_refused(options: dict[str, str], line: str) -> None:
@@ -283,6 +298,52 @@ def test_an_incomplete_checkpoint_is_refused(tmp_path: Path) -> None:
     model.save_pretrained(tmp_path, state_dict=state)
     with pytest.raises(UnsupportedModelError, match=r"lacks 3 of the model's weights \(model.layers.2.mlp"):
         load_model(str(tmp_path))
+
+
+def damage_weights(folder: Path) -> None:
+    (folder / "model.safetensors").write_bytes((TINY / "model.safetensors").read_bytes()[:100_000])
+
+
+def leave_a_pointer(folder: Path) -> None:
+    (folder / "model.safetensors").write_text("version https://git-lfs.github.com/spec/v1\noid sha256:00\nsize 9\n")
+
+
+def change_config(folder: Path, **changes: object) -> None:
+    config = json.loads((folder / "config.json").read_text())
+    (folder / "config.json").write_text(json.dumps({**config, **changes}))
+
+
+@pytest.mark.parametrize(
+    ("damage", "line"),
+    [
+        (damage_weights, "damaged or do not fit together .SafetensorError"),
+        (leave_a_pointer, "damaged or do not fit together .SafetensorError"),
+        (partial(change_config, hidden_size=128), "damaged or do not fit together .RuntimeError"),
+        (partial(change_config, hidden_size="x"), "damaged or do not fit together .StrictDataclassField"),
+        (lambda folder: (folder / "tokenizer.json").write_text('{"a": 1}'), "damaged or do not fit together .KeyError"),
+        (
+            lambda folder: [file.unlink() for file in folder.glob("tokenizer*")],
+            "a tokenizer must encode text, and that of ",
+        ),
+    ],
+    ids=["truncated", "lfs_pointer", "other_size", "no_number", "no_tokenizer", "blank_tokenizer"],
+)
+def test_a_damaged_model_folder_is_named(damage: Callable[[Path], object], line: str, tmp_path: Path) -> None:
+    for file in TINY.iterdir():
+        (tmp_path / file.name).write_bytes(file.read_bytes())
+    damage(tmp_path)
+    with pytest.raises(UnsupportedModelError, match=line) as caught:
+        load_model(str(tmp_path), device="cpu")
+    assert str(tmp_path) in str(caught.value)
+
+
+def test_memory_that_runs_out_while_loading_is_no_damaged_file(monkeypatch: pytest.MonkeyPatch) -> None:
+    def full(*args: object, **options: object) -> None:
+        raise torch.OutOfMemoryError("CUDA out of memory")
+
+    monkeypatch.setattr(AutoModelForCausalLM, "from_pretrained", full)
+    with pytest.raises(torch.OutOfMemoryError):
+        load_model("tiny", device="cpu")
 
 
 def test_a_hub_model_loads_from_the_cache_or_fails_in_one_line(tmp_path: Path) -> None:
@@ -502,6 +563,20 @@ def test_a_models_hashes_do_not_depend_on_how_it_is_loaded(tiny: PreTrainedModel
         assert len(value) == len("sha256:") + 64
 
 
+def test_weights_that_loading_rounded_to_float16_are_not_compared(tiny: PreTrainedModel, tmp_path: Path) -> None:
+    """Small ones vanish there. Those of a float16 checkpoint do not: its hash is that of any other load."""
+    tokenizer = load_tokenizer("tiny")
+    planned = model_identity(tiny, tokenizer).weights_hash
+    rounded = model_identity(load_model("tiny", dtype="float16", device="cpu")[0], tokenizer)
+    assert rounded.weights_hash is None
+    assert weights_warning(planned, "tiny", rounded) is None
+    folder = tmp_path / "half"
+    copy.deepcopy(tiny).half().save_pretrained(folder)
+    tokenizer.save_pretrained(folder)
+    half, whole = (load_model(str(folder), dtype=dtype, device="cpu")[0] for dtype in ("float16", "float32"))
+    assert model_identity(half, tokenizer).weights_hash == model_identity(whole, tokenizer).weights_hash is not None
+
+
 def test_each_hash_changes_with_what_it_is_of() -> None:
     model, tokenizer = load_model("tiny", device="cpu")
     before = model_identity(model, tokenizer)
@@ -557,6 +632,42 @@ def test_an_interrupt_is_quiet_and_status_130(capsys: pytest.CaptureFixture[str]
 def test_our_own_mistakes_keep_their_traceback() -> None:
     with pytest.raises(ZeroDivisionError):
         run_command("qpkv-plan", lambda: 1 // 0)
+
+
+PRINT_ONE_LINE = """
+import sys
+from qpkv_runtime.errors import run_command
+def main():
+    print("caf\\xe9")
+    return 0
+sys.exit(run_command("qpkv-show", main))
+"""
+
+
+@pytest.mark.skipif(not Path("/dev/full").exists(), reason="this system has no /dev/full")
+@pytest.mark.parametrize(
+    ("redirection", "ended"),
+    [
+        (">/dev/full", (2, "", "qpkv-show: error: cannot write the output: No space left on device\n")),
+        (">&-", (0, "", "")),
+        ("2>&-", (0, "caf\\xe9\n", "")),
+        (">/dev/full 2>/dev/full", (2, "", "")),
+    ],
+)
+def test_a_stdout_that_cannot_be_written_is_no_traceback(redirection: str, ended: tuple[int, str, str]) -> None:
+    """Nor is one whose encoding lacks a letter."""
+    done = subprocess.run(
+        ["sh", "-c", f'"$0" -c "$1" {redirection}', sys.executable, PRINT_ONE_LINE],
+        env={**os.environ, "PYTHONPATH": str(ROOT), "PYTHONIOENCODING": "ascii"},
+        capture_output=True,
+        text=True,
+    )
+    assert (done.returncode, done.stdout, done.stderr) == ended
+
+
+def test_an_error_of_another_file_keeps_its_traceback() -> None:
+    with pytest.raises(FileNotFoundError):
+        run_command("qpkv-plan", lambda: len(Path("/nowhere/at/all").read_text()))
 
 
 def test_a_reader_that_goes_away_is_no_error() -> None:

@@ -327,7 +327,25 @@ def test_16_bit_queries_and_keys_give_float32_scores_of_their_own_precision(name
     assert error < 2 * largest * prefill.scaling * half_ulp
 
 
+@pytest.mark.parametrize("name", ["snapkv", "h2o", "tova", "criticalkv"])
+def test_products_that_overflow_float16_before_their_scaling_score_as_in_float32(name):
+    prefill = make_prefill(CASES["gqa"], 23)
+    prefill = replace(prefill, query=(prefill.query * 100).half(), key=(prefill.key * 100).half(), scaling=0.35 / 1e4)
+    whole = replace(prefill, query=prefill.query.float(), key=prefill.key.float())
+    assert torch.equal(score(name, prefill), score(name, whole))
+
+
 # --- one scorer's own promises -------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(("kernel", "lead", "tokens"), [(1, 4, 7), (3, 4, 9), (7, 30, 12), (7, 30, 60)])
+def test_pooling_may_reach_further_back_than_a_prompt_goes(kernel, lead, tokens):
+    """Not ahead at all where the lead is more than half of the kernel."""
+    prefill = make_prefill(CASES["gqa"], tokens)
+    assert (
+        relative_error(score("snapkv", prefill, kernel=kernel, lead=lead), prefill, "snapkv", kernel=kernel, lead=lead)
+        < 1e-4
+    )
 
 
 def test_streamingllm_prefers_the_most_recent():

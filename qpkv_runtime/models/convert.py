@@ -10,14 +10,13 @@ from __future__ import annotations
 
 import hashlib
 import os
-import struct
 import sys
 from contextlib import redirect_stderr
 from io import StringIO
 from pathlib import Path
 from tempfile import TemporaryDirectory
 
-from qpkv_runtime.errors import InputError, UnsupportedModelError
+from qpkv_runtime.errors import InputError, UnsupportedModelError, is_out_of_memory
 
 
 def cache_folder() -> Path:
@@ -76,7 +75,9 @@ def _write_as_safetensors(gguf: Path, folder: Path) -> None:
                 gguf.parent, gguf_file=gguf.name, dtype=torch.bfloat16, quantization_config=unpacked
             )
             tokenizer = AutoTokenizer.from_pretrained(gguf.parent, gguf_file=gguf.name)
-        except (ValueError, struct.error) as error:
-            raise UnsupportedModelError(f"transformers cannot read {gguf}: {error}") from None
+        except Exception as error:  # a damaged file ends in any of them
+            if is_out_of_memory(error):
+                raise
+            raise UnsupportedModelError(f"transformers cannot read {gguf}: {type(error).__name__}: {error}") from error
         model.save_pretrained(folder)
         tokenizer.save_pretrained(folder)

@@ -1,8 +1,9 @@
 """Who a model is: the shape of its cache, and hashes that tell whether a plan was made for these very weights.
 
-The hashes are of what the files say, not of how they happen to be loaded: number type, device, folder, attention and
-transformers version do not matter. (Converting a GGUF file is another matter: transformers 5.17 and 5.23 write
-tokenizers from it that encode alike but differ in form, so their hashes differ.)
+The hashes are of what the files say, not of how they happen to be loaded: number type (but float16, see
+`ModelIdentity`), device, folder, attention and transformers version do not matter. (Converting a GGUF file is another
+matter: transformers 5.17 and 5.23 write tokenizers from it that encode alike but differ in form, so their hashes
+differ.)
 """
 
 from __future__ import annotations
@@ -14,10 +15,11 @@ from dataclasses import dataclass
 
 import torch
 from torch import nn
-from transformers import PreTrainedConfig, PreTrainedModel, PreTrainedTokenizerBase
+from transformers import AutoConfig, PreTrainedConfig, PreTrainedModel, PreTrainedTokenizerBase
 
 from qpkv_runtime.errors import UnsupportedModelError
 from qpkv_runtime.models.aliases import KnownModel
+from qpkv_runtime.models.quiet import quiet_transformers
 from qpkv_runtime.models.shape import ModelShape
 
 _SLIDES_NOWHERE = ("llama", "gemma")
@@ -31,11 +33,15 @@ _VOLATILE_KEYS = ("architectures", "dtype", "output_attentions", "torch_dtype", 
 
 @dataclass(frozen=True)
 class ModelIdentity:
-    """Three hashes, each written "sha256:<64 hex digits>"."""
+    """Three hashes, each written "sha256:<64 hex digits>".
+
+    weights_hash: None where loading rounded the weights to float16, in which small ones vanish: what the files say can
+    then not be told.
+    """
 
     config_hash: str
     tokenizer_hash: str
-    weights_hash: str
+    weights_hash: str | None
 
 
 def model_shape(model: PreTrainedModel | PreTrainedConfig) -> ModelShape:
@@ -54,7 +60,7 @@ def model_shape(model: PreTrainedModel | PreTrainedConfig) -> ModelShape:
         num_layers=_whole(config, "num_hidden_layers"),
         num_query_heads=_whole(config, "num_attention_heads"),
         num_kv_heads=_whole(config, "num_key_value_heads"),
-        head_size=getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads,
+        head_size=getattr(config, "head_dim", None) or config.hidden_size // (config.num_attention_heads or 1),
         max_context_tokens=config.max_position_embeddings,
         sliding_windows=_sliding_windows(config),
     )
@@ -78,8 +84,9 @@ def model_identity(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase) -
 
 
 def weights_warning(planned: str | None, name: str, identity: ModelIdentity) -> str | None:
-    """What to say where the model `name` has other weights than those of a plan's hash, None where it names none."""
-    if planned is None or identity.weights_hash == planned:
+    """What to say where the model `name` has other weights than those of a plan's hash, None where either has no
+    hash."""
+    if planned is None or identity.weights_hash in (None, planned):
         return None
     return f"warning: the plan was made on other weights than those of {name}: what it measured may not hold"
 
@@ -128,8 +135,11 @@ def _tokenizer_hash(tokenizer: PreTrainedTokenizerBase) -> str:
     return _sha256(json.dumps([rules, tokenizer.chat_template], sort_keys=True))
 
 
-def _weights_hash(model: nn.Module) -> str:
-    """Over name, shape and bfloat16 bytes of every parameter, in name order; tied parameters count once."""
+def _weights_hash(model: PreTrainedModel) -> str | None:
+    """Over name, shape and bfloat16 bytes of every parameter, in name order; tied parameters count once. None as in
+    ModelIdentity."""
+    if model.dtype == torch.float16 and _stored_dtype(model.config) != "float16":
+        return None
     digest = hashlib.sha256()
     for name, parameter in sorted(model.named_parameters()):
         digest.update(f"{name}{tuple(parameter.shape)}".encode())
@@ -139,6 +149,20 @@ def _weights_hash(model: nn.Module) -> str:
             rounded = getattr(owner, own_name).detach().to("cpu", torch.bfloat16).contiguous()
         digest.update(rounded.view(-1).view(torch.uint8).numpy().data)
     return f"sha256:{digest.hexdigest()}"
+
+
+def _stored_dtype(config: PreTrainedConfig) -> str | None:
+    """The number type of the checkpoint that a model was loaded from, as its config file says it."""
+    if not config.name_or_path:
+        return None
+    revision = getattr(config, "_commit_hash", None) or "main"
+    try:
+        with quiet_transformers():
+            stored = AutoConfig.from_pretrained(config.name_or_path, revision=revision, local_files_only=True)
+    except (OSError, ValueError):
+        return None
+    dtype = getattr(_text_config(stored), "dtype", None)
+    return None if dtype is None else str(dtype).removeprefix("torch.")
 
 
 def _in_memory(module: nn.Module) -> AbstractContextManager[None]:

@@ -19,7 +19,7 @@ from transformers import (
     PreTrainedTokenizerBase,
 )
 
-from qpkv_runtime.errors import InputError, ModelNotFoundError, UnsupportedModelError
+from qpkv_runtime.errors import InputError, ModelNotFoundError, UnsupportedModelError, is_out_of_memory
 from qpkv_runtime.host_memory import keep_freed_blocks
 from qpkv_runtime.models.identity import model_shape
 from qpkv_runtime.models.quiet import quiet_transformers
@@ -48,7 +48,8 @@ def load_model(
     network.
 
     Raises ModelNotFoundError (no such name, or weights that cannot be had), UnsupportedModelError (a family whose
-    cache we do not know, or an incomplete checkpoint) and InputError (dtype, device or revision).
+    cache we do not know, an incomplete or damaged checkpoint, or no tokenizer) and InputError (dtype, device or
+    revision).
     """
     import qpkv_runtime.attention  # noqa: F401  (registers the attention function "qpkv")
 
@@ -75,7 +76,7 @@ def load_model(
         raise UnsupportedModelError(
             f"{source.path_or_id} lacks {len(missing)} of the model's weights ({missing[0]}, ...)"
         )
-    return model.eval(), _from_pretrained(AutoTokenizer, source, **common)
+    return model.eval(), _tokenizer(source, **common)
 
 
 def load_tokenizer(
@@ -83,9 +84,16 @@ def load_tokenizer(
 ) -> PreTrainedTokenizerBase:
     """The tokenizer of the model `name`; arguments and errors as of `load_model`."""
     source = resolve(name)
-    tokenizer: PreTrainedTokenizerBase = _from_pretrained(
-        AutoTokenizer, source, revision=_revision(source, revision), trust_remote_code=trust_remote_code
-    )
+    return _tokenizer(source, revision=_revision(source, revision), trust_remote_code=trust_remote_code)
+
+
+def _tokenizer(source: ModelSource, **options: Any) -> PreTrainedTokenizerBase:
+    tokenizer: PreTrainedTokenizerBase = _from_pretrained(AutoTokenizer, source, **options)
+    if not tokenizer("a", add_special_tokens=False).input_ids:  # what transformers makes of a folder without its files
+        raise UnsupportedModelError(
+            f"a tokenizer must encode text, and that of {source.path_or_id} makes nothing of 'a': a model directory "
+            "holds tokenizer.json"
+        )
     return tokenizer
 
 
@@ -144,7 +152,9 @@ def _device(device: str) -> torch.device:
     try:
         place = torch.device(device)
     except RuntimeError:
-        raise InputError(f"device must be auto, cpu, cuda or cuda:N, got {device!r}") from None
+        place = None
+    if place is None or place.type not in ("cpu", "cuda"):
+        raise InputError(f"device must be auto, cpu, cuda or cuda:N, got {device!r}")
     num_gpus = torch.cuda.device_count()
     if place.type == "cuda" and (place.index or 0) >= num_gpus:
         raise InputError(
@@ -169,6 +179,13 @@ def _from_pretrained(auto_class: Any, source: ModelSource, **options: Any) -> An
         if source.kind == "hub":
             advice = f"run `hf download {source.path_or_id}` where the hub can be reached, or name a local directory"
         raise ModelNotFoundError(f"cannot load {source.name}: {_first_line(error)}; {advice}") from None
+    except Exception as error:  # whatever the readers of safetensors, configs and tokenizers meet in a damaged file
+        if is_out_of_memory(error):
+            raise
+        what = f"{type(error).__name__}: {' '.join(str(error).split())}"
+        raise UnsupportedModelError(
+            f"transformers cannot load {source.path_or_id}: its files are damaged or do not fit together ({what[:200]})"
+        ) from error
 
 
 def _local_first(auto_class: Any, source: ModelSource, **options: Any) -> Any:

@@ -18,7 +18,7 @@ from importlib import metadata
 from pathlib import Path
 from typing import Literal
 
-from qpkv_runtime.errors import ModelNotFoundError
+from qpkv_runtime.errors import InputError, ModelNotFoundError
 from qpkv_runtime.models.aliases import KNOWN_MODELS
 from qpkv_runtime.models.convert import converted_folder
 
@@ -46,7 +46,8 @@ def resolve(model: str) -> ModelSource:
     """Find the weights of `model`; converts a GGUF file that is seen for the first time (half a minute).
 
     Raises ModelNotFoundError for a name, folder or file that is not there, with what to do about it;
-    UnsupportedModelError for a GGUF file that transformers cannot read. Whether a hub id exists only loading can tell.
+    UnsupportedModelError for a GGUF file that transformers cannot read; InputError for what cannot be a path.
+    Whether a hub id exists only loading can tell.
     """
     if model == "tiny":
         return ModelSource(model, str(_tiny_folder()), None, "bundled")
@@ -56,9 +57,16 @@ def resolve(model: str) -> ModelSource:
         assert known.hub_id is not None, f"{model} has neither a hub id nor a rule of its own"
         return ModelSource(model, known.hub_id, None, "hub")
 
-    path = Path(model).expanduser()
-    if path.is_dir():
-        if not (path / "config.json").is_file():
+    try:
+        path = Path(model).expanduser()
+        is_folder, has_config = path.is_dir(), (path / "config.json").is_file()
+    except (OSError, RuntimeError) as error:  # too long, not allowed, no such user
+        reason = getattr(error, "strerror", None) or error
+        raise InputError(
+            f"cannot look for a model at {model[:80]!r} ({reason}): name a directory, a .gguf file or a hub id"
+        ) from None
+    if is_folder:
+        if not has_config:
             raise ModelNotFoundError(f"a model directory holds a config.json, and {model} does not")
         return ModelSource(model, str(path), None, "directory")
     if path.suffix == ".gguf":
