@@ -22,6 +22,8 @@ from qpkv_runtime.ledger import Holdings, align, full_bytes, layer_bytes, quantu
 from qpkv_runtime.methods import SHARINGS
 from qpkv_runtime.models.shape import ModelShape
 from qpkv_runtime.plan import (
+    MOST_DIVIDED_TOKENS,
+    MOST_TOKENS,
     UNIFORM,
     Budget,
     Calibration,
@@ -176,8 +178,10 @@ class Space:
         return sum(self.layer_bytes(layer, choice) for layer, choice in enumerate(allocation))
 
     def most_tokens(self, layer: int) -> int:
-        """A layer never keeps more than the context, or than its sliding window."""
-        return min(self.context_tokens, self.shape.sliding_windows[layer] or self.context_tokens)
+        """A layer never keeps more than the context, or than its sliding window, or than a plan can say."""
+        share = self.heads_of(layer).share
+        writable = MOST_DIVIDED_TOKENS // self.shape.num_kv_heads if share == "adaptive" else MOST_TOKENS
+        return min(self.context_tokens, self.shape.sliding_windows[layer] or self.context_tokens, writable)
 
     def least_tokens(self, layer: int, format: str) -> int:
         """Sinks and window, rounded up to the storage quantum: the rest of it is free."""

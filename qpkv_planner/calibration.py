@@ -13,7 +13,7 @@ import json
 import random
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
-from itertools import takewhile
+from itertools import takewhile, zip_longest
 from pathlib import Path
 from typing import Any, Literal
 
@@ -226,12 +226,18 @@ class Context:
 
 @dataclass(frozen=True)
 class Split:
-    """A part of the calibration data. regime, target: as in `Data`."""
+    """A part of the calibration data. regime, target: as in `Data`; documents: a number for each context's, where some
+    are of one."""
 
     name: str
     contexts: tuple[Context, ...]
     regime: Regime = "aware"
     target: Target = "gold"
+    documents: tuple[int, ...] | None = None
+
+    def document_of(self, index: int) -> int:
+        """The document of a context, by its place: what is drawn as one, and lies in one part of the samples."""
+        return index if self.documents is None else self.documents[index]
 
     @property
     def hash(self) -> str:
@@ -380,8 +386,8 @@ def _user_splits(
     tokenizer: PreTrainedTokenizerBase, data: Data, counts: Mapping[str, int], context_tokens: int, seed: int
 ) -> dict[str, Split]:
     """A user's file: jsonl with prompt and continuation (taken as they are, no chat template), or plain text cut into
-    windows. Prompts about one document share a context, as far as that leaves enough contexts; contexts go to search or
-    validation as wholes."""
+    windows. Samples of one prompt share a context; documents go to search or validation as wholes and are taken in
+    turns, as long as there are enough."""
     assert data.file is not None
     try:
         content = data.file.read_bytes()
@@ -392,24 +398,31 @@ def _user_splits(
         line = content.count(b"\n", 0, error.start) + 1
         raise InputError(f"{data.file}:{line} must be UTF-8 text, got byte {content[error.start]:#x}") from None
     if data.file.suffix in (".jsonl", ".json"):
-        contexts = _from_lines(tokenizer, data.file, text, context_tokens, len(counts) * 2)
+        documents = _from_lines(tokenizer, data.file, text, context_tokens)
     else:
-        contexts = _from_text(tokenizer, text, context_tokens)
-    if len(contexts) < len(counts) * 2:
+        documents = [[window] for window in _from_text(tokenizer, text, context_tokens)]
+    enough = len(counts) * 2
+    if (num_contexts := sum(map(len, documents))) < enough:
         raise InputError(
-            f"{data.file} must hold at least {len(counts) * 2} contexts of {context_tokens} tokens or fewer, got "
-            f"{len(contexts)}: give more text, or lower --calibration-length"
+            f"{data.file} must hold at least {enough} contexts of {context_tokens} tokens or fewer, got "
+            f"{num_contexts}: give more text, or lower --calibration-length"
         )
-    random.Random(f"user-{seed}").shuffle(contexts)
-    cut = max(2, int(SEARCH_SHARE * len(contexts)))
-    parts = {"search": contexts[:cut], "validation": contexts[cut:]}
-    return {name: Split(name, tuple(parts[name][:count]), data.regime, data.target) for name, count in counts.items()}
+    if len(documents) < enough:
+        documents = [[context] for document in documents for context in document]
+    random.Random(f"user-{seed}").shuffle(documents)
+    cut = max(2, int(SEARCH_SHARE * len(documents)))
+    parts = {"search": documents[:cut], "validation": documents[cut:]}
+    splits = {}
+    for name, count in counts.items():
+        in_turns = zip_longest(*([(number, context) for context in its] for number, its in enumerate(parts[name])))
+        taken = [one for turn in in_turns for one in turn if one is not None][:count]
+        numbers, contexts = zip(*taken, strict=True)
+        splits[name] = Split(name, contexts, data.regime, data.target, numbers)
+    return splits
 
 
-def _from_lines(
-    tokenizer: PreTrainedTokenizerBase, file: Path, text: str, context_tokens: int, enough: int
-) -> list[Context]:
-    """enough: contexts, where prompts are about fewer documents each has its own."""
+def _from_lines(tokenizer: PreTrainedTokenizerBase, file: Path, text: str, context_tokens: int) -> list[list[Context]]:
+    """The contexts of every document."""
     samples: dict[str, list[Sample]] = {}
     tokens: dict[str, list[int]] = {}
     for number, line in enumerate(text.split("\n"), 1):
@@ -443,20 +456,10 @@ def _from_lines(
                 f"{file}:{number} must have at most {context_tokens} tokens, got {count}: cut it, or raise "
                 "--calibration-length"
             )
-        samples.setdefault(prompt, []).append(Sample(str(row.get("kind", "user")), (), tuple(answer)))
-    prompts = list(tokens.values())
-    documents = documents_of(prompts)
-    contexts = []
-    for document in documents if len(documents) >= enough else [[row] for row in range(len(prompts))]:
-        its = [prompts[row] for row in document]
-        shared = min(_num_shared(its), min(map(len, its)) - USER_PROMPT_TOKENS)
-        own = [
-            replace(sample, prompt=tuple(tokens[prompt][shared:]))
-            for prompt in (list(tokens)[row] for row in document)
-            for sample in samples[prompt]
-        ]
-        contexts.append(Context(tuple(its[0][:shared]), tuple(own)))
-    return contexts
+        branch = tuple(tokens[prompt][-USER_PROMPT_TOKENS:])
+        samples.setdefault(prompt, []).append(Sample(str(row.get("kind", "user")), branch, tuple(answer)))
+    contexts = [Context(tuple(tokens[prompt][:-USER_PROMPT_TOKENS]), tuple(own)) for prompt, own in samples.items()]
+    return [[contexts[row] for row in document] for document in documents_of(list(tokens.values()))]
 
 
 def documents_of(prompts: Sequence[Sequence[int]]) -> list[list[int]]:

@@ -7,14 +7,15 @@ folder, named by all that their content depends on, written whole or not at all 
 
 from __future__ import annotations
 
+import fcntl
 import hashlib
 import json
 import math
 import os
-import platform
 import shutil
 import tempfile
 from collections.abc import Callable, Mapping, Sequence
+from contextlib import suppress
 from dataclasses import asdict, fields
 from importlib.metadata import version
 from pathlib import Path
@@ -28,7 +29,7 @@ from torch import Tensor
 from transformers import PreTrainedModel
 
 from qpkv_planner.calibration import Split
-from qpkv_planner.machine import free_bytes, is_running
+from qpkv_planner.machine import free_bytes
 from qpkv_planner.prefill import Allocate, Prepared, PreparedLayer, Scored, in_memory, prepare
 from qpkv_runtime.cache import layer_devices, runs_on
 from qpkv_runtime.compression import Ranking, Scoring
@@ -36,7 +37,7 @@ from qpkv_runtime.errors import InputError
 from qpkv_runtime.plan import Model
 
 Place = Literal["device", "host", "disk"]
-_OURS = f"qpkv-{platform.node()}-"  # begins the names of folders that this machine's processes write in
+_LOCK = "being-written.lock"
 _DTYPES = {torch.float16: "F16", torch.bfloat16: "BF16"}
 _RANKING = tuple(field.name for field in fields(Ranking))
 _LISTS = ("name", "hash", "num_contexts", "num_unanswerable", "prompt_tokens", "inputs", "targets", "kinds", "contexts")
@@ -56,8 +57,9 @@ def load_or_prepare(
     if is_kept and path.exists():
         return _load(path, scorings, model, place)
     try:
-        beside = _swept(path.parent) if is_kept else None
-        with tempfile.TemporaryDirectory(prefix=f"{_OURS}{os.getpid()}-", dir=beside) as aside:
+        beside = _swept(path.parent if is_kept else Path(tempfile.gettempdir()))
+        with tempfile.TemporaryDirectory(prefix="qpkv-", dir=beside) as aside, (Path(aside) / _LOCK).open("w") as lock:
+            fcntl.flock(lock, fcntl.LOCK_EX)
             banks = Path(aside) / "keys-and-values.safetensors"
             prepared = prepare(
                 model,
@@ -135,12 +137,13 @@ def _banks_of(path: Path) -> Path:
 
 
 def _swept(folder: Path) -> Path:
-    """The folder, made if need be, without what processes of this machine were writing there when they were killed."""
+    """The folder, made if need be, without what searches were writing there when they were killed: a lock that can be
+    had is of no process any more."""
     folder.mkdir(parents=True, exist_ok=True)
-    for left in folder.glob(f"{_OURS}*"):
-        process = left.name.removeprefix(_OURS).partition("-")[0]
-        if process.isdigit() and not is_running(int(process)):
-            shutil.rmtree(left, ignore_errors=True)
+    for held in folder.glob(f"qpkv-*/{_LOCK}"):
+        with suppress(OSError), held.open() as lock:
+            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            shutil.rmtree(held.parent, ignore_errors=True)
     return folder
 
 

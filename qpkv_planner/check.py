@@ -38,6 +38,7 @@ EXAMPLES = """\
 
 exit status: 0 passed, 1 a plan got worse, 2 bad use, or a plan that cannot be read or whose model cannot be loaded."""
 
+TAGS = {"failed": "failure", "error": "error", "skipped": "skipped"}  # JUnit's
 NOT_XML = re.compile("[^\t\n\r\x20-\ud7ff\ue000-\ufffd\U00010000-\U0010ffff]")  # no escape says these in XML 1.0
 
 
@@ -96,7 +97,7 @@ def _main(argv: list[str] | None) -> int:
             results.append(checker.result(file))
         except QpkvError as error:
             broken.append(" ".join(str(error).split()))
-            results.append(Result(file, "failed", (broken[-1].removeprefix(f"{file}: "),)))
+            results.append(Result(file, "error", (broken[-1].removeprefix(f"{file}: "),)))
     if args.json:
         print(json.dumps(report(results)))
     else:
@@ -150,13 +151,13 @@ def report(results: Sequence[Result]) -> dict[str, Any]:
 
 def junit(results: Sequence[Result]) -> str:
     """The results as a JUnit report."""
-    counts = {status: sum(result.status == status for result in results) for status in ("failed", "skipped")}
+    counts = {status: sum(result.status == status for result in results) for status in TAGS}
     suite = ElementTree.Element(
         "testsuite",
         name="qpkv-check",
         tests=str(len(results)),
         failures=str(counts["failed"]),
-        errors="0",
+        errors=str(counts["error"]),
         skipped=str(counts["skipped"]),
         time=f"{sum(result.seconds for result in results):.3f}",
     )
@@ -165,8 +166,7 @@ def junit(results: Sequence[Result]) -> str:
             suite, "testcase", classname="qpkv-check", name=_xml(result.file), time=f"{result.seconds:.3f}"
         )
         if result.status != "passed":
-            tag = "failure" if result.status == "failed" else "skipped"
-            reason = ElementTree.SubElement(case, tag, message=_xml(result.reasons[0]))
+            reason = ElementTree.SubElement(case, TAGS[result.status], message=_xml(result.reasons[0]))
             reason.text = _xml("\n".join(result.reasons))
         if result.notes:
             ElementTree.SubElement(case, "system-out").text = _xml("\n".join(result.notes))
@@ -182,7 +182,7 @@ def _xml(value: str) -> str:
 
 def github_annotations(results: Sequence[Result]) -> list[str]:
     """GitHub's workflow commands: an error at each plan that failed, a notice at each that was skipped."""
-    levels = {"failed": "error", "skipped": "notice"}
+    levels = {"failed": "error", "error": "error", "skipped": "notice"}
     return [
         f"::{levels[result.status]} file={_property(result.file)},title=qpkv-check::{_data(reason)}"
         for result in results

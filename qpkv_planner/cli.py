@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from qpkv_planner.allocation import DEFAULT_CONTEXT_TOKENS, HEADS
-from qpkv_planner.files import check_writable, make_folder, write_whole
+from qpkv_planner.files import check_readable, check_writable, make_folder, write_whole
 from qpkv_planner.fit import Fit, fit, memory_bytes, weights_bytes
 from qpkv_planner.grid import PAPER_WINDOW
 from qpkv_planner.mix import LONG_MIX, LONG_TOKENS, SHORT_MIX, parse_mix
@@ -30,7 +30,8 @@ MEASURED_TOKENS = 1024  # a prefill's peak is measured at, and grows with the to
 LEAST_MEASURED_TOKENS = 128
 OF_A_SEARCH = (  # options that a uniform setting has no use for
     "quick", "trials", "timeout", "study", "resume", "storage", "report", "calibration", "calibration_mix", "target",
-    "calibration_cache", "calibration_length", "search_length", "prefill_memory", "objective", "sampler",
+    "calibration_cache", "calibration_length", "search_length", "prefill_memory", "objective", "sampler", "regime",
+    "seed",
 )  # fmt: skip
 ANY_CACHE_BYTES = 2**40  # for finding out whether a budget can be read at all
 
@@ -257,21 +258,20 @@ def _check(arguments: argparse.Namespace) -> None:
         raise InputError(f"{arguments.study} holds a study already: add --resume to go on, or choose another folder")
     if arguments.calibration is not None and arguments.calibration_mix is not None:
         raise InputError("--calibration-mix is about the built-in samples: leave it away with --calibration")
-    if arguments.calibration is not None:
-        from qpkv_planner.calibration import hash_file
-
-        hash_file(arguments.calibration)  # raises where it cannot be read
     if arguments.output is not None:
         check_writable("--output", arguments.output)
     if arguments.uniform:
+        defaults = parser()
         for name in OF_A_SEARCH:
-            if getattr(arguments, name) != parser().get_default(name):
+            if getattr(arguments, name) != defaults.get_default(name):
                 option = "--" + name.replace("_", "-")
                 raise InputError(f"{option} is of a search, and --uniform makes none: leave one of them away")
     if arguments.report is not None:
         from qpkv_planner.report import check_report
 
         check_report(arguments.report)
+    if arguments.calibration is not None:
+        check_readable("--calibration", arguments.calibration)
 
 
 def _budgets(arguments: argparse.Namespace) -> list[str]:
@@ -281,7 +281,8 @@ def _budgets(arguments: argparse.Namespace) -> list[str]:
 
 def _put(arguments: argparse.Namespace, text: str) -> None:
     if arguments.output is None:
-        sys.stdout.write(text)
+        sys.stdout.flush()
+        sys.stdout.buffer.write(text.encode())  # YAML is UTF-8 whatever the terminal is
     else:
         write_whole(arguments.output, text)
 

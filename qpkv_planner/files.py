@@ -15,8 +15,8 @@ def write_whole(path: Path, content: str | bytes) -> None:
     target, data = path.resolve(), content.encode() if isinstance(content, str) else content
     temporary = target.with_name(f".{target.name}.{os.getpid()}")
     try:
-        if target.exists() and not target.is_file():
-            target.write_bytes(data)
+        if _is_stream(path):
+            path.write_bytes(data)
             return
         temporary.write_bytes(data)
         os.replace(temporary, target)
@@ -27,12 +27,27 @@ def write_whole(path: Path, content: str | bytes) -> None:
 
 def check_writable(option: str, path: Path) -> None:
     """Raise InputError where `write_whole` could not write `path`, which the option names."""
-    if not path.parent.is_dir() or path.is_dir():
+    if _is_stream(path):
+        return
+    folder = path.resolve().parent
+    if not folder.is_dir() or path.is_dir():
         raise InputError(f"{option} must be a file in an existing directory, got {path}")
     try:
-        tempfile.TemporaryFile(dir=path.parent).close()
+        tempfile.TemporaryFile(dir=folder).close()
     except OSError as error:
         raise InputError(f"{option} must be in a directory that can be written, got {path}: {error.strerror}") from None
+
+
+def check_readable(option: str, path: Path) -> None:
+    """Raise InputError where the file that the option names cannot be read."""
+    try:
+        path.open("rb").close()
+    except OSError as error:
+        raise InputError(f"{option} must be a file that can be read, got {path}: {error.strerror}") from None
+
+
+def _is_stream(path: Path) -> bool:
+    return path.exists() and not path.is_file() and not path.is_dir()
 
 
 def make_folder(option: str, path: Path) -> None:

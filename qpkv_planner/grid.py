@@ -42,7 +42,8 @@ def scorer_name(scorer: Scorer) -> str:
 def scorer_named(name: str) -> Scorer:
     """The scorer of a name that `scorer_name` gave."""
     match = re.fullmatch(r"(\w+)(?:\((.*)\))?", name)
-    assert match is not None, name
+    if match is None or match[1] not in SCORERS:
+        raise InputError(f"a scorer is named like 'snapkv(kernel=5)', got {name!r}")
     given = dict(pair.split("=") for pair in match[2].split(",")) if match[2] else {}
     known = SCORERS[match[1]].parameters
     return Scorer.model_validate({"name": match[1], **{k: type(known[k].default)(v) for k, v in given.items()}})

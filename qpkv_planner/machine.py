@@ -7,8 +7,9 @@ profiler saw it.
 from __future__ import annotations
 
 import os
+import platform
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from itertools import accumulate
 from pathlib import Path
 
@@ -26,17 +27,26 @@ CONTROL_GROUP = Path("/sys/fs/cgroup")
 SHARE = "1/8"  # of the cache, for the plan that is measured under
 
 
-def is_running(process: int) -> bool:
-    """Whether this machine has a process of this number, as far as can be told."""
-    if os.name != "posix":
-        return True
+def this_process() -> list[str]:
+    """What names it: the machine, what its numbers are of (a container has its own), and its number."""
     try:
-        os.kill(process, 0)
-    except ProcessLookupError:
+        numbers = os.readlink("/proc/self/ns/pid")
+    except OSError:
+        numbers = ""
+    return [platform.node(), numbers, str(os.getpid())]
+
+
+def is_gone(process: Sequence[str]) -> bool:
+    """Whether a process that named itself by `this_process` is known to have ended."""
+    if os.name != "posix" or list(process[:-1]) != this_process()[:-1]:
         return False
-    except PermissionError:  # another user's
+    try:
+        os.kill(int(process[-1]), 0)
+    except ProcessLookupError:
         return True
-    return True
+    except PermissionError:  # another user's
+        return False
+    return False
 
 
 def free_bytes(device: torch.device) -> int:

@@ -257,7 +257,7 @@ class Evaluator:
                 yield entry, self._of_rows(entry.values, rows_of[tuple(entry.what["samples"])])
 
     def forget(self) -> None:
-        """Drop the blocks that were made: of another budget's plans none is made again."""
+        """Drop the blocks that were made: another budget has few of them."""
         if self._workers is None:
             self._forget()
         else:

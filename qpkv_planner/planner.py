@@ -9,6 +9,7 @@ has and says so in the plan.
 from __future__ import annotations
 
 import math
+import traceback
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
@@ -24,7 +25,7 @@ from qpkv_planner.session import Session
 from qpkv_planner.stages import TooLittleTimeError, plan_budget
 from qpkv_runtime.attention import NAME
 from qpkv_runtime.budget import limit_bytes
-from qpkv_runtime.errors import BudgetError, UnsupportedModelError
+from qpkv_runtime.errors import BudgetError, InputError, UnsupportedModelError
 from qpkv_runtime.ledger import full_bytes
 from qpkv_runtime.models import model_shape
 from qpkv_runtime.plan import Plan
@@ -159,7 +160,10 @@ def _session(
             try:
                 write_report(report, Report.of(session.plans, session.evaluators, progress.stage_seconds))
             except (Exception, KeyboardInterrupt) as error:  # the plan must not be lost with it
-                progress.warn(f"warning: no report: {error or type(error).__name__}")
+                is_ours = not isinstance(error, (InputError, KeyboardInterrupt))  # our own mistake
+                progress.warn(
+                    f"warning: no report: {traceback.format_exc() if is_ours else str(error) or 'interrupted'}"
+                )
     finally:
         session.journal.close()
         progress.close()

@@ -62,8 +62,9 @@ class Prepared:
     prompt_tokens: their number; inputs: what is fed over the compressed cache, the last prompt token
     (question-agnostic: the whole question) and the continuation but its last; targets: each continuation, predicted by
     as many of the last inputs;
-    full_logprobs: float32 [all targets, V], under the full cache; kinds, contexts: each sample's kind and context.
-    part_starts: the samples of part p are part_starts[p] to part_starts[p + 1]; a part holds whole contexts.
+    full_logprobs: float32 [all targets, V], under the full cache; kinds, contexts: each sample's kind and the number
+    of its context, the same for those of one document. part_starts: the samples of part p are part_starts[p] to
+    part_starts[p + 1]; a part holds whole documents.
     """
 
     name: str
@@ -265,12 +266,14 @@ def prepare(
     allocate: makes the room for each layer's keys and values, once the first context shows where the layer runs; what
     else is remembered of the layer goes to the same device.
 
-    num_parts: fewer where there are fewer contexts. Questions that the full cache cannot answer are left out. Raises
+    num_parts: fewer where there are fewer documents. Questions that the full cache cannot answer are left out. Raises
     NumericsError when the model gives NaN.
     """
     parts = layer_parts(model) if any(scoring.needs_parts for scoring in scorings) else None
-    num_parts = min(num_parts, len(split.contexts))
-    order = sorted(range(len(split.contexts)), key=lambda i: (i % num_parts, i))
+    documents = [split.document_of(index) for index in range(len(split.contexts))]
+    num_parts = min(num_parts, len(set(documents)))
+    part_of = [document % num_parts for document in documents]
+    order = sorted(range(len(documents)), key=lambda index: (part_of[index], index))
     room = sum(len(context.tokens) + sum(len(s.prompt) for s in context.samples) for context in split.contexts)
     banks: dict[tuple[int, str], Tensor] = {}  # the room: questions that are left out would fit too
     observed: list[dict[Scoring, list[tuple[Tensor, Tensor]]]] = [
@@ -283,7 +286,7 @@ def prepare(
     see = partial(_see, model, shape, storage_dtype, split, scorings, parts)
     found = _each(see, order, shape, split, runs_on(model))
     for position, (index, seen) in enumerate(zip(order, found, strict=True)):
-        if position and index % num_parts != order[position - 1] % num_parts:
+        if position and part_of[index] != part_of[order[position - 1]]:
             part_starts.append(len(samples))
         base, num_context = num_stored, len(split.contexts[index].tokens)
         num_stored += num_context
@@ -333,7 +336,7 @@ def prepare(
         targets=[sample.continuation for _, sample in samples],
         full_logprobs=torch.cat(logprobs),
         kinds=[sample.kind for _, sample in samples],
-        contexts=[context for context, _ in samples],
+        contexts=[documents[context] for context, _ in samples],
         part_starts=tuple(part_starts),
     )
 

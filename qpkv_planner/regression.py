@@ -32,6 +32,7 @@ from qpkv_runtime.cache import PlannedCache, check_shape, runs_on
 from qpkv_runtime.compression import Scoring
 from qpkv_runtime.errors import InputError, LedgerError, NumericsError, PlanError, QpkvError
 from qpkv_runtime.models import load_model, model_identity, model_shape
+from qpkv_runtime.models.identity import are_unlike
 from qpkv_runtime.models.options import as_planned
 from qpkv_runtime.plan import Calibration, Plan, load_plan
 
@@ -64,7 +65,7 @@ class Result:
     """
 
     file: str
-    status: str  # "passed", "failed" or "skipped"
+    status: str  # "passed", "failed", "skipped", or "error" where it could not be checked
     reasons: tuple[str, ...] = ()
     notes: tuple[str, ...] = ()
     losses: dict[str, dict[str, float]] = field(default_factory=dict)
@@ -158,11 +159,11 @@ def measure(
         alone = replace(split, contexts=(context,))
         storage_dtype = plans[0].model.storage_dtype
         prepared = prepare(model, model_shape(model), storage_dtype, alone, scorings, 1, lambda: None)
-        evaluator = Evaluator(model, prepared)
+        evaluator, document = Evaluator(model, prepared), split.document_of(index)
         for part, losses in zip(
             parts, (evaluator.full(), *map(evaluator.evaluate_plan, map(measured_plan, plans))), strict=True
         ):
-            part.append(replace(losses, contexts=(index,) * len(losses.kinds)))
+            part.append(replace(losses, contexts=(document,) * len(losses.kinds)))
         progress()
     full, *measured = map(joined, parts)
     first = split.contexts[0]
@@ -226,7 +227,7 @@ def identity_changes(plan: Plan, model: PreTrainedModel, tokenizer: PreTrainedTo
     return [
         f"the {what} changed: {name} is {_short(identity[name])}, recorded {_short(recorded)}"
         for name, what in HASHES.items()
-        if (recorded := getattr(plan.model, name)) is not None and identity[name] not in (None, recorded)
+        if (recorded := getattr(plan.model, name)) is not None and are_unlike(recorded, identity[name])
     ]
 
 
@@ -277,8 +278,11 @@ def record_anew(plan: Plan, loaded: Loaded, split: Split, progress: Callable[[],
             "versions": made_with(),
         }
     )
-    known = {name: digest for name, digest in asdict(model_identity(model, tokenizer)).items() if digest is not None}
-    section = plan.model.model_copy(update=known)
+    found = asdict(model_identity(model, tokenizer))
+    recorded = plan.model.model_dump()
+    section = plan.model.model_copy(
+        update={name: one for name, one in found.items() if are_unlike(recorded[name] or "sha256:", one)}
+    )
     return plan.model_copy(update={"model": section, "calibration": calibration})
 
 
@@ -331,7 +335,7 @@ class Checker:
         uniform = plan.calibration.best_uniform
         try:
             setting_named(measured_space(plan), uniform)
-        except (AssertionError, InputError, KeyError, ValueError):  # before the model is loaded for it
+        except (InputError, KeyError, ValueError):  # before the model is loaded for it
             rule = "calibration.best_uniform must be a setting like 'snapkv uniform rotated-k4v2 window 4'"
             raise PlanError(f"{file}: {rule}, got {uniform!r}; {MAKE_ANEW}") from None
         loaded = self.load(plan)

@@ -10,8 +10,6 @@ from __future__ import annotations
 
 import hashlib
 import json
-import os
-import platform
 import warnings
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass
@@ -24,13 +22,13 @@ from optuna.trial import TrialState
 
 from qpkv_planner.allocation import Allocation, Space, format_name, format_named
 from qpkv_planner.knapsack import next_bits
-from qpkv_planner.machine import is_running
+from qpkv_planner.machine import is_gone, this_process
 from qpkv_planner.measurement import Evaluator, Objective
 from qpkv_runtime.errors import InputError
 
 CLEARLY_BEHIND = 1.2  # a first part's loss above this multiple of the best trial's there ends the trial
 HEARTBEAT_SECONDS = 60  # of a database storage: a trial silent for longer belongs to a process that is gone
-PROCESS = "process"  # of a trial: the machine and process that runs it
+PROCESS = "process"  # of a trial: what runs it
 STARTUP_SHARE = 3  # one trial in so many is drawn before a sampler models those that are done
 SHARES = {"tau": (0.6, 1.2), "sigma": (0.0, 0.3), "floor": (0.0, 0.4)}
 STEPS = {"key_step": (-1, 1), "value_step": (-1, 1)}
@@ -106,7 +104,7 @@ def refine(
         study.sampler = _sampler(sampler, seed + len(_not_failed(study)), is_shared=storage is not None)
 
     def run(trial: optuna.Trial) -> float:
-        trial.set_user_attr(PROCESS, [platform.node(), os.getpid()])
+        trial.set_user_attr(PROCESS, this_process())
         for name, (low, high) in SHARES.items():
             trial.suggest_float(name, low, high)
         for name, steps in STEPS.items():
@@ -142,8 +140,7 @@ def _fail_lost(study: optuna.Study) -> None:
     """End the trials that a process of this machine was at when it was killed; of other machines' a database knows by
     their heartbeats."""
     for trial in study.get_trials(deepcopy=False, states=(TrialState.RUNNING,)):
-        node, process = trial.user_attrs.get(PROCESS, ("", 0))
-        if node == platform.node() and not is_running(process):
+        if PROCESS in trial.user_attrs and is_gone(trial.user_attrs[PROCESS]):
             study.tell(trial.number, state=TrialState.FAIL, skip_if_finished=True)
 
 
@@ -182,7 +179,8 @@ def open_storage(name: str | None) -> optuna.storages.BaseStorage | None:
     try:
         if "://" in name:
             with warnings.catch_warnings():
-                warnings.simplefilter("ignore")  # heartbeats are experimental, and renamed in Optuna 5
+                for category in (optuna.exceptions.ExperimentalWarning, FutureWarning):  # heartbeats; their new name
+                    warnings.simplefilter("ignore", category)
                 return optuna.storages.RDBStorage(
                     name,
                     heartbeat_interval=HEARTBEAT_SECONDS,

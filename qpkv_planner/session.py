@@ -81,8 +81,8 @@ class Session:
         )
         if options.data.file is not None and share_documents(self.splits):
             progress.warn(
-                f"warning: {options.data.file} has fewer than {2 * len(counts)} documents: what the search sees is "
-                "also among what validation measures, and its intervals are too narrow"
+                f"warning: {options.data.file} has fewer than {2 * len(counts)} documents that begin unlike: the "
+                "search sees some of what validation measures, and its intervals are too narrow"
             )
         open_storage(options.storage)  # what cannot be opened says so now, not after the knapsack
         self.section = describe(

@@ -52,9 +52,9 @@ def plan_budget(session: Session, budget: str) -> Plan:
             session.say_estimate()
         limit, full = shipped.limit_bytes, shipped.full_bytes
         session.progress.say(f"budget {budget} of {session.lengths.context} tokens: {limit:,} of {full:,} bytes")
-        plan = Search(session, shipped).run()
         for evaluator in session.evaluators.values():
             evaluator.forget()
+        plan = Search(session, shipped).run()
     session.plans.append(plan)
     return plan
 

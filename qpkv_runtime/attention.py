@@ -64,11 +64,16 @@ class Padding:
         return self
 
     @cached_property
+    def is_none(self) -> bool:
+        """Whether there is none."""
+        return bool(self.mask.all())
+
+    @cached_property
     def is_left(self) -> bool:
         """Whether all padding is at the left, and no row is nothing else."""
         mask = self.mask.long()
         num_tokens = mask.sum(-1)
-        return bool(((mask.argmax(-1) == mask.shape[1] - num_tokens) & (num_tokens > 0)).all())
+        return self.is_none or bool(((mask.argmax(-1) == mask.shape[1] - num_tokens) & (num_tokens > 0)).all())
 
     @cached_property
     def tokens(self) -> list[int] | None:
@@ -76,14 +81,13 @@ class Padding:
 
         Raises InputError for a mask that is not left padding.
         """
-        mask = self.mask.bool()
-        if bool(mask.all()):
+        if self.is_none:
             return None
         if not self.is_left:
             raise InputError(
                 "prompts of different lengths must be padded on the left: set tokenizer.padding_side = 'left'"
             )
-        return cast("list[int]", (mask.shape[1] - mask.sum(-1)).tolist())
+        return cast("list[int]", (self.mask.shape[1] - self.mask.long().sum(-1)).tolist())
 
     @cached_property
     def num_full_columns(self) -> int:
@@ -161,8 +165,10 @@ def qpkv_mask(
         allow_is_causal_skip=False,
         **kwargs,
     )
-    # Where the last query does not stand at the last key, as in a static cache, causal is not the lower right corner.
-    if not allow_is_causal_skip or q_offset + q_length != kv_offset + kv_length:
+    # Where the last query may not stand at the last key, causal is not the lower right corner: in a static cache, whose
+    # offset is a tensor that grows with it.
+    is_static = isinstance(q_offset, Tensor)
+    if not allow_is_causal_skip or is_static or q_offset + q_length != kv_offset + kv_length:
         return make_whole()
     return None if attention_mask is None else Padding(attention_mask[:, -kv_length:], make_whole)
 

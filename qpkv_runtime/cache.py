@@ -98,7 +98,7 @@ class _Rows:
         return self.layer_devices[layer] not in self.layer_devices[layer + 1 :]
 
 
-def _as_typed(x: Tensor) -> torch.autocast:
+def _without_autocast(x: Tensor) -> torch.autocast:
     """Where x is, without the types that an autocast around the model would choose: ours are written down."""
     return torch.autocast(x.device.type, enabled=False)
 
@@ -169,7 +169,7 @@ class PlannedLayer(CacheLayerMixin):
         layer, num_rows, num_tokens = self.layout.layer, key.shape[0], key.shape[2]
         num_padding = num_padding or [0] * num_rows
         out = causal_attention(query, key, value, num_padding, scaling, self.sliding_window, softcap)
-        with torch.no_grad(), _as_typed(query):
+        with torch.no_grad(), _without_autocast(query):
             observation = observe(
                 self.scoring,
                 Prefill(
@@ -196,7 +196,7 @@ class PlannedLayer(CacheLayerMixin):
         """Attention over the packed cache; appends the new tokens."""
         counters = self.rows.counters[self.rows.layer_devices[self.layout.layer]]
         if self.step is None:
-            with _as_typed(query):
+            with _without_autocast(query):
                 out = self.packed().attend(query, key, value, self.num_appended, self.prompt_tokens, scaling, softcap)
         else:
             assert self.rows.arena is not None

@@ -107,7 +107,7 @@ def run_command(program: str, main: Callable[[], int]) -> int:
     return status
 
 
-_NOT_WRITABLE = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EIO, errno.EBADF)
+_NOT_WRITABLE = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EBADF)
 
 
 def _open_streams() -> None:

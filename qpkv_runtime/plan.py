@@ -38,11 +38,11 @@ from qpkv_runtime.methods import QUANTIZERS, SCORERS, SHARINGS, Axis, ParameterV
 from qpkv_runtime.models.shape import ModelShape
 
 SCHEMA_VERSION = 1
-# No model has more, and what is larger would stall the ledger or overflow the runtime's numbers.
+# More would stall the ledger or overflow the runtime's numbers.
 MOST_LAYERS = MOST_HEADS = 1024
 MOST_CHANNELS = 4096
-MOST_TOKENS = 2**20  # that a head holds
-MOST_DIVIDED_TOKENS = 2**20  # that adaptive heads share
+MOST_TOKENS = 2**24  # that a head holds
+MOST_DIVIDED_TOKENS = 2**22  # that adaptive heads share
 MOST_CONTEXT_TOKENS = 2**31 - 1
 MOST_BYTES = 2**63 - 1
 _LEDGER_RULE = "bytes_of_the_ledger"  # pydantic's name for the one mistake that has an error class of its own

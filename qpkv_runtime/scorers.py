@@ -131,13 +131,15 @@ class Prefill:
         num_heads, num_tokens = self.key.shape[1], self.key.shape[2]
         first = num_tokens - self.query.shape[2]
         is_token = self.is_token[:, :, None]  # [B, 1, 1, T]
-        key = self.key.float()  # q . k before its scaling overflows float16
+        query, key = self.query, self.key
+        if key.dtype == torch.float16:  # which q . k overflows before it is scaled
+            query, key = query.float(), key.float()
         for start in range(0, self.query.shape[2], QUERY_CHUNK):
-            query = self.query[:, :, start : start + QUERY_CHUNK].float().unflatten(1, (num_heads, -1))
-            logits = torch.einsum("bhgqd,bhtd->bhgqt", query, key) * self.scaling
+            chunk = query[:, :, start : start + QUERY_CHUNK].unflatten(1, (num_heads, -1))
+            logits = torch.einsum("bhgqd,bhtd->bhgqt", chunk, key).float() * self.scaling
             if self.softcap is not None:
                 logits = torch.tanh(logits / self.softcap) * self.softcap
-            begin, count = first + start, query.shape[3]
+            begin, count = first + start, chunk.shape[3]
             visible = causal_mask(begin, count, 0, num_tokens, self.sliding_window, self.key.device) & is_token
             yield logits.masked_fill(~visible[:, :, None], float("-inf")).softmax(-1).nan_to_num(0.0)
 

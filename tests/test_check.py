@@ -286,10 +286,10 @@ def test_bad_use_is_one_line_and_exit_2(file, arguments, message, capsys):
         (["{file}", "--model", "no-such"], "1 of 1 plans could not be checked: a model is one of"),
     ],
 )
-def test_a_plan_that_cannot_be_checked_has_failed_and_exits_2(file, arguments, message, capsys):
+def test_a_plan_that_cannot_be_checked_is_an_error_and_exits_2(file, arguments, message, capsys):
     assert check.main([argument.format(file=file) for argument in arguments] + ["--quiet"]) == 2
     out, err = capsys.readouterr()
-    assert ": failed: " in out and message in err and err.count("\n") == 1
+    assert ": error: " in out and message in err and err.count("\n") == 1
 
 
 def test_a_bad_plan_does_not_keep_the_others_from_being_checked(file, one_load, tmp_path, capsys):
@@ -298,11 +298,12 @@ def test_a_bad_plan_does_not_keep_the_others_from_being_checked(file, one_load, 
     assert check.main([str(bad), str(file), "--json", "--junit", str(tmp_path / "check.xml"), "--quiet"]) == 2
     out, err = capsys.readouterr()
     first, second = json.loads(out)["plans"]
-    assert (first["status"], second["status"]) == ("failed", "passed") and second["samples"]
+    assert (first["status"], second["status"]) == ("error", "passed") and second["samples"]
     assert first["reasons"][0].startswith("not readable as YAML")
     assert err.startswith(f"qpkv-check: error: 1 of 2 plans could not be checked: {bad}: not readable as YAML")
     suite = ElementTree.parse(tmp_path / "check.xml").getroot()[0]
-    assert [len(case) for case in suite] == [1, 0] and suite.get("failures") == "1"
+    assert [len(case) for case in suite] == [1, 0] and suite[0][0].tag == "error"
+    assert (suite.get("errors"), suite.get("failures")) == ("1", "0")
 
 
 def odd(recorded, **changes):

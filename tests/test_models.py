@@ -316,11 +316,11 @@ def change_config(folder: Path, **changes: object) -> None:
 @pytest.mark.parametrize(
     ("damage", "line"),
     [
-        (damage_weights, "damaged or do not fit together .SafetensorError"),
-        (leave_a_pointer, "damaged or do not fit together .SafetensorError"),
-        (partial(change_config, hidden_size=128), "damaged or do not fit together .RuntimeError"),
-        (partial(change_config, hidden_size="x"), "damaged or do not fit together .StrictDataclassField"),
-        (lambda folder: (folder / "tokenizer.json").write_text('{"a": 1}'), "damaged or do not fit together .KeyError"),
+        (damage_weights, r"transformers cannot load .* \(SafetensorError"),
+        (leave_a_pointer, r"transformers cannot load .* \(SafetensorError"),
+        (partial(change_config, hidden_size=128), r"transformers cannot load .* \(RuntimeError"),
+        (partial(change_config, hidden_size="x"), r"transformers cannot load .* \(StrictDataclassField"),
+        (lambda folder: (folder / "tokenizer.json").write_text('{"a": 1}'), r"transformers cannot load .* \(KeyError"),
         (
             lambda folder: [file.unlink() for file in folder.glob("tokenizer*")],
             "a tokenizer must encode text, and that of ",
@@ -568,7 +568,7 @@ def test_weights_that_loading_rounded_to_float16_are_not_compared(tiny: PreTrain
     tokenizer = load_tokenizer("tiny")
     planned = model_identity(tiny, tokenizer).weights_hash
     rounded = model_identity(load_model("tiny", dtype="float16", device="cpu")[0], tokenizer)
-    assert rounded.weights_hash is None
+    assert rounded.weights_hash.startswith("float16:")
     assert weights_warning(planned, "tiny", rounded) is None
     folder = tmp_path / "half"
     copy.deepcopy(tiny).half().save_pretrained(folder)

@@ -9,6 +9,7 @@ import subprocess
 import sys
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -19,7 +20,7 @@ import qpkv_planner
 from qpkv_planner import cli, options
 from qpkv_planner.allocation import Choice, Space, allocation_of, uniform
 from qpkv_planner.calibration import CONTINUATION_TOKENS, FACTS, WORDS, Data, make_split, make_splits
-from qpkv_planner.files import write_whole
+from qpkv_planner.files import check_writable, write_whole
 from qpkv_planner.grid import FORMATS, make_grid, make_setting, setting_named, with_format
 from qpkv_planner.heads import measure_heads
 from qpkv_planner.knapsack import Option, _solve
@@ -555,8 +556,14 @@ def test_what_is_there_and_is_no_file_is_written_to(tmp_path):
     os.mkfifo(pipe)
     with ThreadPoolExecutor(1) as reader:
         read = reader.submit(pipe.read_text)
+        check_writable("--output", pipe)
         write_whole(pipe, "two")
         assert read.result(10) == "two" and pipe.is_fifo()
+    out, into = os.pipe()
+    stream = Path(f"/dev/fd/{into}")
+    check_writable("--output", stream)
+    write_whole(stream, "three")
+    assert os.read(out, 99) == b"three"
 
 
 @pytest.mark.parametrize("option", [["--trials", "3"], ["--quick"], ["--timeout", "9"], ["--report", "a.html"]])

@@ -2,8 +2,7 @@
 
 from __future__ import annotations
 
-import os
-import subprocess
+import fcntl
 import threading
 
 import pytest
@@ -48,14 +47,14 @@ def test_a_limit_is_for_all_splits_together(tiny, capsys, monkeypatch):
 
 
 def test_what_a_killed_process_was_writing_goes_at_the_next_prefill(tiny, tmp_path):
-    ended = subprocess.Popen(["sleep", "0"])
-    ended.wait()
-    left, others = (tmp_path / f"{calibration_cache._OURS}{one}-x" for one in (ended.pid, os.getpid()))
-    left.mkdir()
-    others.mkdir()
-    planner.plan(
-        *tiny, "1/8", quick=True, context_tokens=320, name="tiny", quiet=True, data=FEW, calibration_cache=tmp_path
-    )
+    left, others = tmp_path / "qpkv-left", tmp_path / "qpkv-others"
+    for folder in (left, others):
+        folder.mkdir()
+        (folder / calibration_cache._LOCK).touch()
+    with (others / calibration_cache._LOCK).open() as lock:
+        fcntl.flock(lock, fcntl.LOCK_EX)
+        settings = {"quick": True, "context_tokens": 320, "name": "tiny", "quiet": True, "data": FEW}
+        planner.plan(*tiny, "1/8", **settings, calibration_cache=tmp_path)
     assert not left.exists() and others.exists() and len(list(tmp_path.glob("*.safetensors"))) == 2
 
 

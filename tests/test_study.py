@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import json
 import os
 import re
@@ -22,9 +23,10 @@ from qpkv_planner.calibration import Data, make_splits, share_documents
 from qpkv_planner.grid import make_grid
 from qpkv_planner.journal import Journal
 from qpkv_planner.mix import FACT_KINDS, LONG_MIX, LONG_TOKENS, SHORT_MIX, parse_mix
+from qpkv_planner.prefill import prepare
 from qpkv_planner.stages import TooLittleTimeError
 from qpkv_runtime.errors import BudgetError, InputError
-from qpkv_runtime.models import load_model, load_tokenizer
+from qpkv_runtime.models import load_model, load_tokenizer, model_shape
 from qpkv_runtime.plan import UNIFORM, load_plan, parse_plan
 
 ARGUMENTS = ["--model", "tiny", "--dtype", "float32", "--budget", "1/8", "--context-length", "320", "--quick"]
@@ -159,7 +161,8 @@ def test_a_plan_outlives_its_report(tiny, tmp_path, monkeypatch, capsys, trouble
     monkeypatch.setattr(planner, "write_report", write_report)
     plan = planner.plan(*tiny, "1/8", **SETTINGS, report=tmp_path / "report.html")
     assert plan.calibration.stopped is None
-    assert f"no report: {trouble or 'KeyboardInterrupt'}" in capsys.readouterr().err
+    said = capsys.readouterr().err
+    assert "warning: no report: " in said and (str(trouble) or "interrupted") in said
 
 
 def test_a_timeout_ships_a_validated_plan_that_says_so(tiny, monkeypatch):
@@ -294,34 +297,32 @@ def test_a_users_samples_take_the_place_of_the_built_in_ones(tiny, tmp_path):
         Data.of_record(found.calibration.data, data.file)
 
 
-def test_what_is_asked_of_one_document_is_one_context_of_one_split(tmp_path):
+def test_what_is_asked_of_one_document_is_in_one_split_and_drawn_as_one(tiny, tmp_path):
     documents = [f"{animal} {PROMPT * 4}" for animal in ("Fox", "Owl", "Elk", "Hen", "Bat")]
-    questions = [
-        f"What, asked number {i} of those who listened to all of this, came to the old mill in the end?"
-        for i in range(3)
-    ]
     rows = [
-        {"prompt": f"{document} {question}", "continuation": f" {document[:3]}"}
-        for question in questions
+        {"prompt": f"{document} What, asked number {i}, came to the mill?", "continuation": f" {document[:3]}"}
+        for i in range(3)
         for document in documents
     ]
-    data, tokenizer = Data(file=samples(tmp_path / "mine.jsonl", rows)), load_tokenizer("tiny")
-    splits = make_splits(tokenizer, {"search": 9, "validation": 9}, 320, 0, data)
+    data = Data(file=samples(tmp_path / "mine.jsonl", rows))
+    splits = make_splits(tiny[1], {"search": 9, "validation": 7}, 320, 0, data)
     assert not share_documents(splits)
-    contexts = [context for split in splits.values() for context in split.contexts]
-    assert len(contexts) == len(documents)
-    for context in contexts:
-        asked = [tokenizer.decode(context.tokens[1:] + sample.prompt) for sample in context.samples]
-        document = asked[0][:3]
-        assert sorted(asked) == sorted(row["prompt"] for row in rows if row["prompt"].startswith(document))
-        assert {tokenizer.decode(list(sample.continuation)) for sample in context.samples} == {f" {document}"}
+    assert [len(split.contexts) for split in splits.values()] == [6, 7]
+    of_split = splits["validation"]
+    names = [tiny[1].decode(context.samples[0].continuation) for context in of_split.contexts]
+    assert len(set(names[:3])) == 3, "the first ones are of as many documents as there are"
+    assert len(set(zip(names, of_split.documents, strict=True))) == len(set(names)) == len(set(of_split.documents)) == 3
+    prepared = prepare(tiny[0], model_shape(tiny[0]), "float16", of_split, [], 9, lambda: None)
+    assert len(prepared.part_starts) == 4, "a part holds whole documents"
+    for start, end in itertools.pairwise(prepared.part_starts):
+        assert len(set(prepared.contexts[start:end])) == 1
 
 
 def test_a_search_on_too_few_documents_says_so(tiny, tmp_path, capsys):
     rows = [{"prompt": f"{PROMPT * 4} case {i} came", "continuation": f" the {i} miller"} for i in range(6)]
     data = Data(file=samples(tmp_path / "mine.jsonl", rows))
     planner.plan(*tiny, "1/4", **SETTINGS | {"data": data})
-    assert "mine.jsonl has fewer than 4 documents" in capsys.readouterr().err
+    assert "mine.jsonl has fewer than 4 documents that begin unlike" in capsys.readouterr().err
 
 
 @pytest.mark.parametrize("num_contexts", [4, 5])
@@ -492,8 +493,11 @@ def test_a_trial_that_a_killed_process_was_at_is_run_again(tmp_path):
     for killed_at in (0, 3):
         storage = tmp_path / f"killed at {killed_at}.log"
         if (child := os.fork()) == 0:
-            refine(storage, lambda number, last=killed_at: os._exit(0) if number == last else None)
-        os.waitpid(child, 0)
+            try:
+                refine(storage, lambda number, last=killed_at: os._exit(0) if number == last else None)
+            finally:
+                os._exit(1)
+        assert os.waitpid(child, 0)[1] == 0, "killed where it was to be"
         assert refine(storage) == whole
     assert whole[0].parameters != search.THE_KNAPSACKS in [one.parameters for one in whole]
 

@@ -67,12 +67,12 @@ def evaluate(
                 progress.say(f"{' '.join(stage)}: {sum((s.suite, s.task) == stage for s, _ in todo)} answers")
             row = journal.rows.get((sample.id, sample.hash, regime))
             if row is None:
-                if rows and rows[-1]["id"] == sample.id and (plan is None or not sample.question):
+                if rows and rows[-1]["hash"] == sample.hash and (plan is None or not sample.question):
                     row = {**rows[-1], "regime": regime}  # the regimes are one
                 else:
                     row = runner.row(sample, regime)
                 journal.append(row)
-            rows.append(row)
+            rows.append({**row, "cluster": sample.cluster})  # which rows that were begun before lack
             progress.step()
     finally:
         progress.close()
@@ -122,9 +122,13 @@ class _Journal:
             raise InputError(f"{self.path} cannot be read: delete it to begin anew") from None
 
     def append(self, row: Row) -> None:
-        if self._file is not None:
+        if self._file is None:
+            return
+        try:
             self._file.write(json.dumps(row) + "\n")
             self._file.flush()
+        except OSError as error:
+            raise InputError(f"cannot write {self.path}: {error.strerror}: run again to go on from there") from None
 
     def close(self) -> None:
         if self._file is not None:

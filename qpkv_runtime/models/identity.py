@@ -35,13 +35,13 @@ _VOLATILE_KEYS = ("architectures", "dtype", "output_attentions", "torch_dtype", 
 class ModelIdentity:
     """Three hashes, each written "sha256:<64 hex digits>".
 
-    weights_hash: None where loading rounded the weights to float16, in which small ones vanish: what the files say can
-    then not be told.
+    weights_hash: "float16:<64 hex digits>" where loading rounded the weights to float16, in which small ones vanish:
+    what the files say can then not be told.
     """
 
     config_hash: str
     tokenizer_hash: str
-    weights_hash: str | None
+    weights_hash: str
 
 
 def model_shape(model: PreTrainedModel | PreTrainedConfig) -> ModelShape:
@@ -83,10 +83,14 @@ def model_identity(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase) -
     return ModelIdentity(_config_hash(model.config), _tokenizer_hash(tokenizer), _weights_hash(model))
 
 
+def are_unlike(one: str, other: str) -> bool:
+    """Whether two hashes say that what they are of is not the same; of weights and their roundings none can tell."""
+    return one != other and one.partition(":")[0] == other.partition(":")[0]
+
+
 def weights_warning(planned: str | None, name: str, identity: ModelIdentity) -> str | None:
-    """What to say where the model `name` has other weights than those of a plan's hash, None where either has no
-    hash."""
-    if planned is None or identity.weights_hash in (None, planned):
+    """What to say where the model `name` has other weights than those of a plan's hash, None where it names none."""
+    if planned is None or not are_unlike(planned, identity.weights_hash):
         return None
     return f"warning: the plan was made on other weights than those of {name}: what it measured may not hold"
 
@@ -135,11 +139,9 @@ def _tokenizer_hash(tokenizer: PreTrainedTokenizerBase) -> str:
     return _sha256(json.dumps([rules, tokenizer.chat_template], sort_keys=True))
 
 
-def _weights_hash(model: PreTrainedModel) -> str | None:
-    """Over name, shape and bfloat16 bytes of every parameter, in name order; tied parameters count once. None as in
-    ModelIdentity."""
-    if model.dtype == torch.float16 and _stored_dtype(model.config) != "float16":
-        return None
+def _weights_hash(model: PreTrainedModel) -> str:
+    """Over name, shape and bfloat16 bytes of every parameter, in name order; tied parameters count once."""
+    is_rounded = model.dtype == torch.float16 and _stored_dtype(model.config) != "float16"
     digest = hashlib.sha256()
     for name, parameter in sorted(model.named_parameters()):
         digest.update(f"{name}{tuple(parameter.shape)}".encode())
@@ -148,7 +150,7 @@ def _weights_hash(model: PreTrainedModel) -> str | None:
         with _in_memory(owner) if parameter.is_meta else nullcontext():
             rounded = getattr(owner, own_name).detach().to("cpu", torch.bfloat16).contiguous()
         digest.update(rounded.view(-1).view(torch.uint8).numpy().data)
-    return f"sha256:{digest.hexdigest()}"
+    return f"{'float16' if is_rounded else 'sha256'}:{digest.hexdigest()}"
 
 
 def _stored_dtype(config: PreTrainedConfig) -> str | None:

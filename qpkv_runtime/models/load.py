@@ -184,7 +184,7 @@ def _from_pretrained(auto_class: Any, source: ModelSource, **options: Any) -> An
             raise
         what = f"{type(error).__name__}: {' '.join(str(error).split())}"
         raise UnsupportedModelError(
-            f"transformers cannot load {source.path_or_id}: its files are damaged or do not fit together ({what[:200]})"
+            f"transformers cannot load {source.path_or_id} ({what[:200]}): are its files whole, and of one model?"
         ) from error
 
 
