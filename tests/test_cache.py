@@ -364,7 +364,7 @@ def test_autocast_around_a_model_stops_at_the_packed_cache(quantizer):
         plain = decoded()
         with torch.autocast("cpu", dtype=torch.bfloat16):
             out = decoded()
-    assert (out - plain).abs().max() < 0.1 * plain.abs().max()
+    assert torch.corrcoef(torch.stack([plain.flatten(), out.flatten()]))[0, 1] > 0.9  # other tokens may be kept
 
 
 def test_a_static_cache_under_qpkv_attention_gives_transformers_own_tokens(family):
