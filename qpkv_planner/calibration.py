@@ -227,7 +227,7 @@ class Context:
 @dataclass(frozen=True)
 class Split:
     """A part of the calibration data. regime, target: as in `Data`; documents: a number for each context's, where some
-    are of one."""
+    may be of one; None for the built-in ones, and for a user's where splits have some in common: there are too few."""
 
     name: str
     contexts: tuple[Context, ...]
@@ -407,7 +407,8 @@ def _user_splits(
             f"{data.file} must hold at least {enough} contexts of {context_tokens} tokens or fewer, got "
             f"{num_contexts}: give more text, or lower --calibration-length"
         )
-    if len(documents) < enough:
+    are_enough = len(documents) >= enough
+    if not are_enough:
         documents = [[context] for document in documents for context in document]
     random.Random(f"user-{seed}").shuffle(documents)
     cut = max(2, int(SEARCH_SHARE * len(documents)))
@@ -417,7 +418,7 @@ def _user_splits(
         in_turns = zip_longest(*([(number, context) for context in its] for number, its in enumerate(parts[name])))
         taken = [one for turn in in_turns for one in turn if one is not None][:count]
         numbers, contexts = zip(*taken, strict=True)
-        splits[name] = Split(name, contexts, data.regime, data.target, numbers)
+        splits[name] = Split(name, contexts, data.regime, data.target, numbers if are_enough else None)
     return splits
 
 
@@ -459,10 +460,10 @@ def _from_lines(tokenizer: PreTrainedTokenizerBase, file: Path, text: str, conte
         branch = tuple(tokens[prompt][-USER_PROMPT_TOKENS:])
         samples.setdefault(prompt, []).append(Sample(str(row.get("kind", "user")), branch, tuple(answer)))
     contexts = [Context(tuple(tokens[prompt][:-USER_PROMPT_TOKENS]), tuple(own)) for prompt, own in samples.items()]
-    return [[contexts[row] for row in document] for document in documents_of(list(tokens.values()))]
+    return [[contexts[row] for row in document] for document in _documents_of(list(tokens.values()))]
 
 
-def documents_of(prompts: Sequence[Sequence[int]]) -> list[list[int]]:
+def _documents_of(prompts: Sequence[Sequence[int]]) -> list[list[int]]:
     """Which prompts, by their places, are about one document: they have half of the shorter one's tokens in common from
     the first on."""
     found: list[list[int]] = []
@@ -478,13 +479,6 @@ def documents_of(prompts: Sequence[Sequence[int]]) -> list[list[int]]:
 def _num_shared(prompts: Sequence[Sequence[int]]) -> int:
     """How many tokens these begin with alike."""
     return sum(1 for _ in takewhile(lambda column: len(set(column)) == 1, zip(*prompts, strict=False)))
-
-
-def share_documents(splits: Mapping[str, Split]) -> bool:
-    """Whether two splits have contexts of one document."""
-    contexts = [(name, context.tokens) for name, split in splits.items() for context in split.contexts]
-    documents = documents_of([tokens for _, tokens in contexts])
-    return any(len({contexts[row][0] for row in document}) > 1 for document in documents)
 
 
 def _from_text(tokenizer: PreTrainedTokenizerBase, text: str, context_tokens: int) -> list[Context]:

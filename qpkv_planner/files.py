@@ -1,10 +1,14 @@
-"""Files a command writes: whole or not at all, and known to be writable before hours of work go into them."""
+"""Files a command writes: whole or not at all, or a line at a time, and known to be writable before hours of work go
+into them."""
 
 from __future__ import annotations
 
+import json
 import os
 import tempfile
+from collections.abc import Mapping
 from pathlib import Path
+from typing import Any, TextIO
 
 from qpkv_runtime.errors import InputError
 
@@ -56,3 +60,39 @@ def make_folder(option: str, path: Path) -> None:
         path.mkdir(parents=True, exist_ok=True)
     except OSError as error:
         raise InputError(f"{option} must be a folder, there or to be made, got {path}: {error.strerror}") from None
+
+
+def whole_lines(path: Path, refusal: str) -> list[dict[str, Any]]:
+    """The JSON objects of a file that `append_line` wrote, after cutting off a last line that a kill tore; none where
+    there is no file. Raises InputError, with the refusal after the path, for another file."""
+    if not path.exists():
+        return []
+    try:
+        content = path.read_bytes()
+        whole = content[: content.rfind(b"\n") + 1]
+        lines = [json.loads(line) for line in whole.splitlines()]
+        if len(whole) < len(content):
+            os.truncate(path, len(whole))
+    except (OSError, ValueError):
+        raise InputError(f"{path} {refusal}") from None
+    if not all(isinstance(line, dict) for line in lines):
+        raise InputError(f"{path} {refusal}")
+    return lines
+
+
+def open_lines(path: Path) -> TextIO:
+    """A file to `append_line` to. Raises InputError when it cannot be written."""
+    try:
+        return path.open("a", encoding="utf-8")
+    except OSError as error:
+        raise InputError(f"cannot write {path}: {error.strerror}") from None
+
+
+def append_line(file: TextIO, line: Mapping[str, Any], advice: str) -> None:
+    """Write a JSON object that a kill does not lose. Raises InputError, with the advice, when it cannot be written."""
+    try:
+        file.write(json.dumps(line) + "\n")
+        file.flush()
+        os.fsync(file.fileno())
+    except OSError as error:
+        raise InputError(f"cannot write {file.name}: {error.strerror}: {advice}") from None

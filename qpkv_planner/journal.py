@@ -9,14 +9,15 @@ from __future__ import annotations
 
 import hashlib
 import json
-import os
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from qpkv_planner.files import append_line, open_lines, whole_lines
 from qpkv_runtime.errors import InputError
 
+NOT_OURS = "is not a journal that qpkv-plan wrote: choose another --study"
 FORMAT = 2  # of the lines; what another wrote is refused
 
 
@@ -43,20 +44,16 @@ class Journal:
         if path is None:
             return
         header = json.loads(json.dumps({"journal_format": FORMAT, **(header or {})}))
-        lines = _whole_lines(path)
+        lines = whole_lines(path, NOT_OURS)
         if lines:
             _check_header(path, lines[0], header)
             for line in lines[1:]:
                 try:
                     entry = Entry(line["stage"], line["what"], line["values"])
                 except KeyError:
-                    raise _not_ours(path) from None
+                    raise InputError(f"{path} {NOT_OURS}") from None
                 self.entries[_key(entry.what)] = entry
-        self._path = path
-        try:
-            self._file = path.open("a", encoding="utf-8")
-        except OSError as error:
-            raise InputError(f"cannot write {path}: {error.strerror}") from None
+        self._file = open_lines(path)
         if not lines:
             self._write(header)
 
@@ -71,12 +68,7 @@ class Journal:
 
     def _write(self, line: Mapping[str, Any]) -> None:
         assert self._file is not None
-        try:
-            self._file.write(json.dumps(line) + "\n")
-            self._file.flush()
-            os.fsync(self._file.fileno())
-        except OSError as error:
-            raise InputError(f"cannot write {self._path}: {error.strerror}: --resume goes on from there") from None
+        append_line(self._file, line, "--resume goes on from there")
 
     def close(self) -> None:
         if self._file is not None:
@@ -85,28 +77,6 @@ class Journal:
 
 def _key(what: Mapping[str, Any]) -> str:
     return hashlib.sha256(json.dumps(what, sort_keys=True).encode()).hexdigest()
-
-
-def _whole_lines(path: Path) -> list[dict[str, Any]]:
-    """The file's lines, after cutting off what follows the last newline; none where there is no file."""
-    if not path.exists():
-        return []
-    content = path.read_bytes()
-    whole = content[: content.rfind(b"\n") + 1]
-    if len(whole) < len(content):
-        with path.open("r+b") as file:
-            file.truncate(len(whole))
-    try:
-        lines = [json.loads(line) for line in whole.splitlines()]
-    except ValueError:
-        raise _not_ours(path) from None
-    if not all(isinstance(line, dict) for line in lines):
-        raise _not_ours(path)
-    return lines
-
-
-def _not_ours(path: Path) -> InputError:
-    return InputError(f"{path} is not a journal that qpkv-plan wrote: choose another --study")
 
 
 def _check_header(path: Path, found: Mapping[str, Any], expected: Mapping[str, Any]) -> None:

@@ -44,8 +44,8 @@ def is_gone(process: Sequence[str]) -> bool:
         os.kill(int(process[-1]), 0)
     except ProcessLookupError:
         return True
-    except PermissionError:  # another user's
-        return False
+    except PermissionError:  # another user's, which runs
+        pass
     return False
 
 

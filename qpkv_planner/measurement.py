@@ -24,6 +24,7 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel
 
 from qpkv_planner.allocation import Allocation, Space
+from qpkv_planner.bootstrap import cluster_means
 from qpkv_planner.journal import Entry, Journal
 from qpkv_planner.one_row import Watch, one_row
 from qpkv_planner.prefill import Prepared, output_logits
@@ -140,9 +141,7 @@ def interval(losses: Losses, measure: str, minus: Losses | None = None, seed: in
     for value, kind, context in zip(values, losses.kinds, losses.contexts, strict=True):
         sums[place[context], kinds.index(kind)] += value
         counts[place[context], kinds.index(kind)] += 1
-    drawn = np.random.default_rng(seed).integers(0, len(contexts), (NUM_RESAMPLES, len(contexts)))
-    with np.errstate(invalid="ignore"):
-        means = np.nanmean(sums[drawn].sum(1) / counts[drawn].sum(1), axis=1)
+    means = np.nanmean(cluster_means(sums, counts, NUM_RESAMPLES, seed), axis=1)
     low, high = np.percentile(means, [2.5, 97.5])
     mean = float(np.mean(sums.sum(0) / counts.sum(0)))
     return Interval(mean=round(mean, 6), low=round(float(low), 6), high=round(float(high), 6))

@@ -18,7 +18,7 @@ from qpkv_planner.allocation import (
     Space,
     model_section,
 )
-from qpkv_planner.calibration import Context, Split, make_splits, share_documents
+from qpkv_planner.calibration import Context, Split, make_splits
 from qpkv_planner.calibration_cache import choose_places, load_or_prepare
 from qpkv_planner.estimate import duration, estimate, prefills_bytes
 from qpkv_planner.files import make_folder
@@ -79,7 +79,7 @@ class Session:
         self.splits = make_splits(
             tokenizer, counts, self.lengths.calibration, options.seed, options.data, self.lengths.search
         )
-        if options.data.file is not None and share_documents(self.splits):
+        if options.data.file is not None and self.splits["search"].documents is None:
             progress.warn(
                 f"warning: {options.data.file} has fewer than {2 * len(counts)} documents that begin unlike: the "
                 "search sees some of what validation measures, and its intervals are too narrow"

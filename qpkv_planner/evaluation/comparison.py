@@ -12,6 +12,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
+from qpkv_planner.bootstrap import cluster_means
 from qpkv_runtime.errors import InputError
 from qpkv_runtime.plan import Interval
 
@@ -46,9 +47,7 @@ def bootstrap(values: Sequence[float], clusters: Sequence[str], seed: int = 0) -
     array: NDArray[np.float64] = np.asarray(values, dtype=np.float64)
     _, places = np.unique(clusters, return_inverse=True)
     sums, counts = np.bincount(places, array), np.bincount(places)
-    chance = np.random.default_rng(seed)
-    drawn = (chance.integers(0, len(sums), (NUM_RESAMPLES // 10, len(sums))) for _ in range(10))  # a tenth at a time
-    low, high = np.percentile([sums[rows].sum(1) / counts[rows].sum(1) for rows in drawn], [2.5, 97.5])
+    low, high = np.percentile(cluster_means(sums, counts, NUM_RESAMPLES, seed), [2.5, 97.5])
     return Interval(mean=float(array.mean()), low=float(low), high=float(high))
 
 

@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import hashlib
 import json
-import os
 from collections.abc import Sequence
 from importlib.metadata import version
 from pathlib import Path
@@ -17,7 +16,7 @@ from typing import Any
 from qpkv_planner.evaluation.answering import Regime, Runner
 from qpkv_planner.evaluation.comparison import Row
 from qpkv_planner.evaluation.samples import Sample
-from qpkv_planner.files import write_whole
+from qpkv_planner.files import append_line, open_lines, whole_lines, write_whole
 from qpkv_planner.progress import Progress
 from qpkv_runtime.errors import InputError
 
@@ -95,40 +94,17 @@ class _Journal:
             return
         named = {**run, "plan": run["plan"] and run["plan"]["policy_hash"]}
         name = hashlib.sha256(json.dumps([named, list(todo)], sort_keys=True).encode()).hexdigest()
-        whole = self._lines()
+        whole = whole_lines(self.path, "cannot be read: delete it to begin anew")
         if whole and whole[0] != {"run": name}:
             raise InputError(f"{self.path} has the beginnings of another run: delete it, or choose another --json")
         self.rows = {(row["id"], row["hash"], row["regime"]): row for row in whole[1:]}
-        try:
-            self._file = self.path.open("a", encoding="utf-8")
-        except OSError as error:
-            raise InputError(f"cannot write {self.path}: {error.strerror}") from None
+        self._file = open_lines(self.path)
         if not whole:
             self.append({"run": name})
 
-    def _lines(self) -> list[dict[str, Any]]:
-        """The lines that are there, after cutting off a last one that is torn."""
-        assert self.path is not None
-        if not self.path.exists():
-            return []
-        try:
-            content = self.path.read_bytes()
-            whole = content[: content.rfind(b"\n") + 1]
-            lines = [json.loads(line) for line in whole.splitlines()]
-            if len(whole) < len(content):
-                os.truncate(self.path, len(whole))
-            return lines
-        except (OSError, ValueError):
-            raise InputError(f"{self.path} cannot be read: delete it to begin anew") from None
-
     def append(self, row: Row) -> None:
-        if self._file is None:
-            return
-        try:
-            self._file.write(json.dumps(row) + "\n")
-            self._file.flush()
-        except OSError as error:
-            raise InputError(f"cannot write {self.path}: {error.strerror}: run again to go on from there") from None
+        if self._file is not None:
+            append_line(self._file, row, "run again to go on from there")
 
     def close(self) -> None:
         if self._file is not None:
